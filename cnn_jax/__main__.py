@@ -1,0 +1,234 @@
+"""The command line: `python -m cnn_jax COMMAND`, installed as `cnn-jax`.
+
+Flags and config files stop here; a command receives a checked `Config`.
+"""
+
+import argparse
+import os
+import re
+import sys
+import traceback
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from cnn_jax import __version__
+from cnn_jax.errors import UserError, nearest
+
+EPILOG = """\
+example:
+  %(prog)s train --config configs/quickstart.py
+
+'%(prog)s COMMAND --help' explains a command.
+"""
+
+TRAIN_USAGE = """\
+%(prog)s --config FILE [--config.KEY=VALUE ...]
+       [--workdir DIR] [--dry-run] [--accept-config-changes]"""
+
+TRAIN_DESCRIPTION = """\
+Trains the network that FILE describes and evaluates it on every test image.
+The same command again carries on where the run was stopped, and says so when
+the run is complete."""
+
+TRAIN_EPILOG = """\
+examples:
+  %(prog)s --config configs/quickstart.py
+  %(prog)s --config configs/quickstart.py --dry-run
+  %(prog)s --config configs/quickstart.py --workdir runs/wide \\
+      --config.model.width=64 --config.optimizer.learning_rate=0.05
+
+configs/default.py explains every KEY. Exit code: 0 when done, 2 for a mistake
+in the command or the configuration, 1 for anything else that stopped it.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit code of the command that `arguments` name, by default `sys.argv[1:]`."""
+    flags, overrides = _split_overrides(sys.argv[1:] if arguments is None else arguments)
+    parser = _parser()
+    options, unknown = parser.parse_known_args(flags)
+    if options.command is None:
+        unknown = [*unknown, *(f"--config.{key}" for key, _ in overrides)]
+    if unknown:
+        options.parser.error(f"unrecognized arguments: {_with_hints(unknown, options.parser)}")
+    if options.command is None:
+        parser.print_help()
+        return 0
+    try:
+        return options.run(options, overrides)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    program = Path(sys.argv[0]).name
+    parser = argparse.ArgumentParser(
+        prog="python -m cnn_jax" if program == "__main__.py" else program,
+        description="Convolutional networks in JAX, trained on TPU, GPU or CPU.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.set_defaults(parser=parser)
+    parser.add_argument("--version", action="version", version=f"cnn_jax {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
+
+    train = commands.add_parser(
+        "train",
+        prog="python train.py" if program == "train.py" else None,
+        help="train a network",
+        usage=TRAIN_USAGE,
+        description=TRAIN_DESCRIPTION,
+        epilog=TRAIN_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    train.set_defaults(parser=train, run=_train)
+    train.add_argument(
+        "--config",
+        metavar="FILE",
+        type=_existing_file,
+        help="Python file with get_config(), such as configs/quickstart.py",
+    )
+    # Taken out before argparse sees it; here for the help, and to be suggested for a misspelt flag.
+    train.add_argument(
+        "--config.KEY", metavar="VALUE", help="override a key of FILE; any number of times"
+    )
+    train.add_argument(
+        "--workdir", metavar="DIR", help="where the run writes (default: runs/<name of FILE>)"
+    )
+    train.add_argument(
+        "--dry-run", action="store_true", help="check everything, print the plan and stop"
+    )
+    train.add_argument(
+        "--accept-config-changes",
+        action="store_true",
+        help="go on with a run although its configuration was another",
+    )
+    return parser
+
+
+def _split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
+    """Returns the arguments without any `--config.KEY=VALUE` or `--config.KEY VALUE`, and those.
+
+    One without a value stays, for argparse to refuse.
+    """
+    flags: list[str] = []
+    overrides: list[tuple[str, str]] = []
+    remaining = list(arguments)
+    while remaining:
+        argument = remaining.pop(0)
+        flag, equals, value = argument.partition("=")
+        key = re.fullmatch(r"--config\.(\w+(?:\.\w+)*)", flag)
+        if key and equals:
+            overrides.append((key[1], value))
+        elif key and remaining and not remaining[0].startswith("--"):
+            overrides.append((key[1], remaining.pop(0)))
+        else:
+            flags.append(argument)
+    return flags, overrides
+
+
+def _with_hints(unknown: Sequence[str], parser: argparse.ArgumentParser) -> str:
+    known = re.findall(r"--[\w-]+", parser.format_help())
+
+    def hint(argument: str) -> str:
+        if argument.startswith("--config."):
+            return " (must be --config.KEY=VALUE)"
+        return nearest(argument.partition("=")[0], known)
+
+    return ", ".join(argument + hint(argument) for argument in unknown)
+
+
+def _existing_file(text: str) -> Path:
+    path = Path(text)
+    if not path.is_file():
+        siblings = [str(sibling) for sibling in path.parent.glob("*.py")]
+        raise argparse.ArgumentTypeError(f"no file {text!r}{nearest(text, siblings)}")
+    return path
+
+
+def _train(options: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> int:
+    if options.config is None:
+        return options.parser.error("the following arguments are required: --config")
+
+    # Here rather than above: they import jax, and a mistyped flag should be answered at once.
+    from cnn_jax.config import ConfigError, override, parse
+
+    try:
+        values = override(_load(options.config), overrides)
+        config = parse(values, num_devices=_num_devices())
+
+        from cnn_jax.commands.train import train
+
+        return train(
+            config,
+            options.workdir or os.path.join("runs", options.config.stem),
+            dry_run=options.dry_run,
+            accept_config_changes=options.accept_config_changes,
+        )
+    except ConfigError as error:
+        print(f"{options.config}: {error}", file=sys.stderr)
+        return 2
+
+
+def _num_devices() -> int:
+    import jax
+
+    try:
+        return jax.device_count()
+    except RuntimeError as error:
+        raise UserError(f"JAX finds no device: {error}") from error
+
+
+def _load(path: Path) -> Mapping[str, Any]:
+    """Returns the values that the file's `get_config()` returns.
+
+    Files in a folder `configs` may import each other wherever the command is started. Raises
+    ConfigError, with file and line, for whatever the file raises.
+    """
+    from ml_collections import ConfigDict
+
+    from cnn_jax.config import ConfigError
+
+    folders = [folder.parent for folder in path.resolve().parents if folder.name == "configs"]
+    search_before = list(sys.path)
+    sys.path[:0] = [str(folder) for folder in (*folders, Path.cwd())]
+    try:
+        names: dict[str, Any] = {"__name__": path.stem, "__file__": str(path)}
+        exec(compile(path.read_bytes(), path, "exec"), names)
+        config = names["get_config"]() if "get_config" in names else None
+        values = config.to_dict() if isinstance(config, ConfigDict) else config
+    except Exception as error:
+        raise ConfigError([_located(error, path)]) from error
+    finally:
+        sys.path[:] = search_before
+    if not isinstance(values, Mapping):
+        raise ConfigError([f"{path}: must define get_config() that returns a ConfigDict"])
+    return values
+
+
+def _located(error: Exception, path: Path) -> str:
+    """Returns the text of the error behind the place in a config file that it comes from."""
+    folder = path.resolve().parent
+    places = [
+        (frame.filename, frame.lineno)
+        for frame in traceback.extract_tb(error.__traceback__)
+        if Path(frame.filename).resolve().parent == folder
+    ]
+    if isinstance(error, SyntaxError):
+        places.append((error.filename or str(path), error.lineno))
+    text = str(error)
+    if error.args and isinstance(error.args[0], KeyError):  # what ConfigDict raises, hint and all
+        text = str(error.args[0].args[0])
+    place = ":".join(map(str, places[-1])) if places else str(path)
+    return f"{place}: {type(error).__name__}: {' '.join(text.split())}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,328 @@
+"""Training: from a configuration to a model, its curves and a checkpoint that resumes exactly."""
+
+import contextlib
+import json
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from cnn_jax.commands.evaluate import evaluate
+from cnn_jax.config import Config, differences
+from cnn_jax.data.pipeline import train_batches
+from cnn_jax.data.sources import Source, fingerprint, open_source
+from cnn_jax.errors import UserError
+from cnn_jax.plan import Plan, make_plan
+from cnn_jax.runtime.checkpoint import Checkpoints
+from cnn_jax.runtime.files import write_atomically
+from cnn_jax.runtime.platform import Interrupted, StopSignals, versions
+from cnn_jax.runtime.report import Clock, MetricsLog, Progress, duration, plot_curves
+from cnn_jax.runtime.sharding import batch_sharding, to_devices
+from cnn_jax.runtime.workdir import claim
+from cnn_jax.training.metrics import mean
+from cnn_jax.training.state import TrainState, all_finite
+from cnn_jax.typing import Metrics
+
+STEPS_IN_FLIGHT = 2
+"""Steps that may wait on the device: enough to hide the host, few enough to bound memory."""
+
+
+def train(
+    config: Config,
+    workdir: str | Path,
+    *,
+    dry_run: bool = False,
+    accept_config_changes: bool = False,
+) -> int:
+    """Trains until the last step of `config`, going on where the run in `workdir` had come to.
+
+    Returns 0 when the run is complete, and 128 plus the signal's number when SIGINT or SIGTERM
+    stopped it; what was trained by then is saved. With `dry_run` it prints the plan only.
+
+    Raises:
+      UserError: the directory holds another run or cannot be written, the data cannot be had, or
+        the loss is no longer a finite number.
+    """
+    plan = make_plan(config)
+    print(plan.describe(), flush=True)
+    if dry_run:
+        print("dry run: the configuration is good; nothing was trained or written")
+        return 0
+    directory = Path(workdir)
+    with contextlib.ExitStack() as stack:
+        stop = stack.enter_context(StopSignals())
+        stack.enter_context(claim(directory, config.as_dict(), differences, accept_config_changes))
+        checkpoints = stack.enter_context(
+            contextlib.closing(
+                Checkpoints(directory / "checkpoints", keep=config.checkpoint.keep, log=_say)
+            )
+        )
+        step = checkpoints.latest_step() or 0
+        metrics = stack.enter_context(contextlib.closing(MetricsLog(directory, resume_step=step)))
+        if step >= plan.total_steps and _is_evaluated(metrics, step):
+            _say(f"{directory}: this run is complete, at step {step} of {plan.total_steps}")
+            _summarize(directory, metrics, None)
+            return 0
+        try:
+            training = _Training(plan, directory, checkpoints, metrics, stop)
+        except Interrupted as interrupted:
+            _say(f"stopped before training began; {directory} is as it was")
+            return 128 + interrupted.signum
+        return training.run()
+
+
+class _Training:
+    """One start of a run, from compiling to the summary."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        directory: Path,
+        checkpoints: Checkpoints,
+        metrics: MetricsLog,
+        stop: StopSignals,
+    ) -> None:
+        """Compiles, opens the data, and takes the newest good state or makes the first."""
+        self.plan = plan
+        self.directory = directory
+        self.checkpoints = checkpoints
+        self.metrics = metrics
+        self.stop = stop
+        self.clock = Clock()
+        self.window: list[Metrics] = []
+        self.window_start = 0.0
+        with self.clock.measure("starting"):
+            # The data come first: while tensorflow_datasets is imported it replaces Python's import
+            # for the whole process, and a compiler that imports in another thread would fail.
+            self.train_source = self._open(plan.config.data.train_split)
+            self.test_source = self._open(plan.config.data.test_split)
+            self.record = {
+                "config": plan.config.as_dict(),
+                "data": fingerprint(
+                    self.train_source, batch_size=plan.config.batch_size, seed=plan.config.seed
+                ),
+            }
+            wait = _compile_together(plan.compile_train_step, plan.compile_eval_step)
+            self.step = checkpoints.latest_step() or 0
+            self.state = self._restore() if self.step else plan.make_state()
+            self.key = plan.make_key()
+            (self.train_step, self.eval_step), self.clock.seconds["compiling"] = wait()
+        self.progress = Progress(plan.total_steps, first_step=self.step)
+
+    def run(self) -> int:
+        """Trains to the last step; returns the exit code."""
+        self.stop.defer()
+        try:
+            with self.clock.measure("training"):
+                self._train()
+        except Interrupted as interrupted:
+            self._save()
+            self.checkpoints.wait()
+            self.progress.say(
+                f"stopped by {interrupted}: saved at step {self.step} of {self.plan.total_steps}; "
+                "the same command again goes on from there"
+            )
+            return 128 + interrupted.signum
+        finally:
+            self.progress.close()
+        _summarize(self.directory, self.metrics, self.clock)
+        return 0
+
+    def _train(self) -> None:
+        plan = self.plan
+        sharding = batch_sharding(plan.mesh)
+        self.window_start = time.perf_counter()
+        if plan.evaluates_after(self.step) and not _is_evaluated(self.metrics, self.step):
+            self._evaluate()
+        with contextlib.closing(self._batches()) as batches:
+            while self.step < plan.total_steps:
+                with self.clock.measure("waiting for data"):
+                    batch = to_devices(next(batches), sharding)
+                self.state, sums = self.train_step(self.state, batch, self.key)
+                self.step += 1
+                self.window.append(sums)
+                if len(self.window) > STEPS_IN_FLIGHT:
+                    jax.block_until_ready(self.window[-1 - STEPS_IN_FLIGHT])
+                self.progress.advance(self.step)
+                if self.step % plan.config.log.every_steps == 0:
+                    self._report()
+                if plan.evaluates_after(self.step):
+                    self._evaluate()
+                if plan.saves_after(self.step):
+                    self._save()
+                self.stop.check()
+        self.checkpoints.wait()
+
+    def _batches(self) -> Any:
+        config = self.plan.config
+        return train_batches(
+            self.train_source,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            start_step=self.step,
+            stop_step=self.plan.total_steps,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            num_threads=config.data.num_threads,
+            prefetch=config.data.prefetch,
+        )
+
+    def _open(self, split: str) -> Source:
+        data = self.plan.config.data
+        return open_source(
+            data.name,
+            split,
+            data_dir=data.data_dir,
+            source_dir=data.source_dir,
+            memory_limit_mb=data.memory_limit_mb,
+            log=_say,
+        )
+
+    def _restore(self) -> TrainState:
+        changes = differences(self.checkpoints.record()["data"], self.record["data"])
+        if changes:
+            raise UserError(
+                f"{self.directory} was trained on other batches and cannot go on exactly:\n  "
+                + "\n  ".join(changes)
+                + "\nSet these back, or choose another --workdir"
+            )
+        _say(f"going on from step {self.step} of {self.plan.total_steps}")
+        return self.checkpoints.restore(self.plan.state)
+
+    def _report(self) -> None:
+        """Writes the metrics since the last report; raises UserError for one that is not finite."""
+        if not self.window:
+            return
+        sums = jax.device_get(self.window)
+        seconds = time.perf_counter() - self.window_start
+        self.window.clear()
+        for step, values in enumerate(sums, start=self.step - len(sums) + 1):
+            if not values["finite"]:
+                raise self._not_finite(
+                    f"at step {step} the loss is {values['loss'] / values['count']:.4g} and the "
+                    f"norm of its gradient {values['grad_norm']:.4g}"
+                )
+        means = mean(sums)
+        row = {
+            "epoch": self.plan.epoch(self.step),
+            "train/loss": means["loss"],
+            "train/accuracy": means["accuracy"],
+            "train/grad_norm": float(sums[-1]["grad_norm"]),
+            "learning_rate": self.plan.learning_rate(self.step - 1),
+            "images_per_second": len(sums) * self.plan.config.batch_size / seconds,
+        }
+        self.metrics.write(self.step, row)
+        self.progress.show(self.step, row)
+        self.window_start = time.perf_counter()
+
+    def _evaluate(self) -> None:
+        self._report()
+        with self.clock.measure("evaluating"):
+            means = evaluate(
+                self.plan, self.eval_step, self.state, self.test_source, check=self.stop.check
+            )
+        row = {
+            "epoch": self.plan.epoch(self.step),
+            "test/loss": means["loss"],
+            "test/accuracy": means["accuracy"],
+        }
+        self.metrics.write(self.step, row)
+        self.progress.say(
+            f"epoch {row['epoch']:.2f}  test loss {means['loss']:.4f}  "
+            f"test accuracy {means['accuracy']:.4f}  over {len(self.test_source):,} images"
+        )
+        self.window_start = time.perf_counter()
+
+    def _save(self) -> None:
+        """Writes a checkpoint in the background; a state that is not finite never becomes one."""
+        self._report()
+        with self.clock.measure("saving"):
+            if not jax.device_get(all_finite(self.state)):
+                raise self._not_finite(f"the weights after step {self.step} are not finite numbers")
+            self.checkpoints.save(
+                self.state,
+                record=self.record,
+                accuracy=self.metrics.at(self.step, "test/accuracy"),
+            )
+        self.window_start = time.perf_counter()
+
+    def _not_finite(self, what: str) -> UserError:
+        self.checkpoints.wait()
+        good = self.checkpoints.latest_step()
+        return UserError(
+            f"training has diverged: {what}. "
+            + (f"The newest checkpoint, step {good}, is good. " if good else "")
+            + "Lower optimizer.learning_rate or lengthen schedule.warmup_epochs"
+        )
+
+
+def _compile_together(
+    *compilations: Callable[[], jax.stages.Compiled],
+) -> Callable[[], tuple[list[jax.stages.Compiled], float]]:
+    """Starts all compilations at once; returns a function that waits for them.
+
+    It returns the programs and the seconds from the start to the last. The waiting thread stays
+    open to signals, which a compiler would hold up for minutes.
+    """
+    start = time.perf_counter()
+    executor = ThreadPoolExecutor(len(compilations))
+
+    def timed(compilation: Callable[[], jax.stages.Compiled]) -> tuple[jax.stages.Compiled, float]:
+        return compilation(), time.perf_counter() - start
+
+    futures = [executor.submit(timed, compilation) for compilation in compilations]
+    executor.shutdown(wait=False)
+
+    def wait() -> tuple[list[jax.stages.Compiled], float]:
+        programs, seconds = zip(*(future.result() for future in futures), strict=True)
+        return list(programs), max(seconds)
+
+    return wait
+
+
+def _is_evaluated(metrics: MetricsLog, step: int) -> bool:
+    return metrics.at(step, "test/accuracy") is not None
+
+
+def _summarize(directory: Path, metrics: MetricsLog, clock: Clock | None) -> None:
+    """Prints how the run ended and where things are; draws the curves. Safe to do again."""
+    tested = [row for row in metrics.rows if "test/accuracy" in row]
+    final, best = tested[-1], max(tested, key=lambda row: row["test/accuracy"])
+    path = directory / "summary.json"
+    if clock is not None:
+        summary = {
+            "step": final["step"],
+            "test/accuracy": final["test/accuracy"],
+            "test/loss": final["test/loss"],
+            "best": {"step": best["step"], "test/accuracy": best["test/accuracy"]},
+            "seconds": {**clock.seconds, "total": clock.total()},
+            "versions": versions(),
+        }
+        write_atomically(path, json.dumps(summary, indent=2) + "\n")
+    plot_curves(metrics.rows, directory / "curves.png")
+
+    _say(
+        f"test accuracy {final['test/accuracy']:.4f}, loss {final['test/loss']:.4f} at the last "
+        f"step, {final['step']}; best {best['test/accuracy']:.4f} at step {best['step']}"
+    )
+    if clock is not None:
+        seconds = clock.seconds
+        training = seconds["training"] - seconds["evaluating"] - seconds["saving"]
+        waiting = seconds["waiting for data"]
+        _say(
+            f"{duration(clock.total())} in all: starting {duration(seconds['starting'])} "
+            f"(compiling {duration(seconds['compiling'])}), training {duration(training)} "
+            f"(waiting for data {duration(waiting)}, {waiting / max(training, 1e-9):.1%}), "
+            f"evaluating {duration(seconds['evaluating'])}, saving {duration(seconds['saving'])}"
+        )
+    _say(
+        f"written to {directory}: metrics.jsonl, summary.json, curves.png, tensorboard/, "
+        "checkpoints/ (the last state and the best among them)"
+    )
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)

@@ -1,0 +1,484 @@
+"""The configuration of a run, typed and checked: behind this door no code sees a ConfigDict.
+
+`configs/default.py` says what every key means; the dataclasses here have the same keys and say what
+each may be. A key is written with dots: `optimizer.learning_rate`.
+"""
+
+import ast
+import collections.abc
+import contextlib
+import dataclasses
+import json
+import math
+import numbers
+import operator
+import sys
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Annotated, Any, cast, get_args, get_origin, get_type_hints
+
+import jax
+import jax.numpy as jnp
+
+from cnn_jax.data.sources import DATASETS, DatasetInfo, dataset_info, split_range
+from cnn_jax.errors import UserError, nearest
+from cnn_jax.models import MODELS, create_model
+from cnn_jax.training.optim import OPTIMIZERS, SCHEDULES
+
+
+class ConfigError(UserError):
+    """Every mistake of a configuration, one line each in `problems`."""
+
+    def __init__(self, problems: Sequence[str]):
+        count = "1 mistake" if len(problems) == 1 else f"{len(problems)} mistakes"
+        super().__init__("\n  ".join([f"{count} in the configuration", *problems]))
+        self.problems = tuple(problems)
+
+
+_COMPARISONS: dict[str, Callable[[float, float], bool]] = {
+    ">": operator.gt,
+    ">=": operator.ge,
+    "<": operator.lt,
+    "<=": operator.le,
+    "!=": operator.ne,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Bound:
+    """The numbers that compare so with `limit`: `Bound(">=", 1)`."""
+
+    comparison: str
+    limit: float
+
+    def __contains__(self, number: float) -> bool:
+        return _COMPARISONS[self.comparison](number, self.limit)
+
+    def __str__(self) -> str:
+        return f"{self.comparison} {self.limit}"
+
+
+@dataclasses.dataclass(frozen=True)
+class OneOf:
+    """The names of a table."""
+
+    names: Collection[str]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.names
+
+    def __str__(self) -> str:
+        return f"one of {', '.join(map(repr, self.names))}"
+
+
+AtLeastZero = Annotated[int, Bound(">=", 0)]
+AtLeastOne = Annotated[int, Bound(">=", 1)]
+NotNegative = Annotated[float, Bound(">=", 0)]
+Positive = Annotated[float, Bound(">", 0)]
+BelowOne = Annotated[float, Bound(">=", 0), Bound("<", 1)]
+Fraction = Annotated[float, Bound(">=", 0), Bound("<=", 1)]
+MeshSize = Annotated[int, Bound(">=", -1), Bound("!=", 0)]
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """`arguments` are the keys beside `name`, any that the model's class takes."""
+
+    name: Annotated[str, OneOf(MODELS)]
+    arguments: Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    name: Annotated[str, OneOf(DATASETS)]
+    train_split: str
+    test_split: str
+    data_dir: str
+    source_dir: str
+    memory_limit_mb: AtLeastZero
+    num_threads: AtLeastOne
+    prefetch: AtLeastOne
+    mean: tuple[float, ...]
+    std: tuple[Positive, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class AugmentConfig:
+    crop_padding: AtLeastZero
+    flip: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    name: Annotated[str, OneOf(OPTIMIZERS)]
+    learning_rate: Positive
+    momentum: BelowOne
+    nesterov: bool
+    b1: BelowOne
+    b2: BelowOne
+    eps: Positive
+    weight_decay: NotNegative
+
+
+@dataclasses.dataclass(frozen=True)
+class ScheduleConfig:
+    name: Annotated[str, OneOf(SCHEDULES)]
+    warmup_epochs: NotNegative
+    end_factor: Fraction
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig:
+    label_smoothing: BelowOne
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    data: MeshSize
+    fsdp: MeshSize
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    batch_size: AtLeastOne
+    every_steps: AtLeastZero
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    every_steps: AtLeastZero
+    keep: AtLeastOne
+
+
+@dataclasses.dataclass(frozen=True)
+class LogConfig:
+    every_steps: AtLeastOne
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A whole and checked configuration, as `parse` returns it."""
+
+    seed: Annotated[int, Bound(">=", 0), Bound("<", 2**31)]
+    batch_size: AtLeastOne
+    num_epochs: AtLeastOne
+    precision: Annotated[str, OneOf(("float32", "bfloat16"))]
+    model: ModelConfig
+    data: DataConfig
+    augment: AugmentConfig
+    optimizer: OptimizerConfig
+    schedule: ScheduleConfig
+    loss: LossConfig
+    mesh: MeshConfig
+    eval: EvalConfig
+    checkpoint: CheckpointConfig
+    log: LogConfig
+
+    def as_dict(self) -> dict[str, Any]:
+        """Returns nested plain values, equal to what JSON gives back; `parse` takes them."""
+        values = dataclasses.asdict(self)
+        values["model"] |= values["model"].pop("arguments")
+        return json.loads(json.dumps(values))
+
+
+def parse(values: Mapping[str, Any], *, num_devices: int) -> Config:
+    """Returns the configuration that the nested `values` spell, for a run on `num_devices`.
+
+    Raises ConfigError with every mistake there is: unknown and missing keys, wrong types, values
+    out of range, unknown names, and values that do not go together.
+    """
+    given = _flatten(values)
+    schema = _SCHEMA | _model_schema(given)
+    problems = [_unknown(key, given[key], schema) for key in given if key not in schema]
+    good: dict[str, Any] = {}
+    for key, annotation in schema.items():
+        if key in given:
+            if _allows(annotation, given[key]):
+                good[key] = _typed(annotation, given[key])
+            else:
+                problems.append(_wrong(key, given[key], annotation))
+        elif key in _SCHEMA and key.partition(".")[0] not in given:
+            problems.append(f"{key}: missing; must be {_describe(annotation)}")
+
+    arguments = [key for key in given if key.startswith("model.") and key != "model.name"]
+    if all(key in good for key in arguments):
+        good["model.arguments"] = {key.removeprefix("model."): good[key] for key in arguments}
+    if "data.name" in good:
+        good["dataset"] = dataset_info(good["data.name"])
+    good["num_devices"] = num_devices
+    for needed, rule in _RULES:
+        if all(fact in good for fact in needed):
+            problems.extend(rule(*(good[fact] for fact in needed)))
+
+    if problems:
+        raise ConfigError(problems)
+    return _build(Config, good)
+
+
+def override(values: Mapping[str, Any], texts: Iterable[tuple[str, str]]) -> dict[str, Any]:
+    """Returns nested `values` with each (key, text) set, the text read by the key's type.
+
+    A text that cannot be read stays a text, and `parse` says what is wrong with it.
+    """
+    changed = _copy(values)
+    for key, text in texts:
+        *sections, leaf = key.split(".")
+        section = changed
+        for name in sections:
+            if not isinstance(section.get(name), dict):
+                section[name] = {}
+            section = section[name]
+        section[leaf] = _read(text, _SCHEMA.get(key))
+    return changed
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Returns a line for every key that has another value in `old`, the run's, than in `new`.
+
+    Both are what `Config.as_dict` gave, `old` perhaps of a version with other keys.
+    """
+    before, now = _flatten(old), _flatten(new)
+
+    def shown(values: Mapping[str, Any], key: str) -> str:
+        return repr(values[key]) if key in values else "not set"
+
+    return [
+        f"{key}: {shown(before, key)} in the run, {shown(now, key)} now"
+        for key in now | before
+        if shown(before, key) != shown(now, key)
+    ]
+
+
+def _mesh_covers_devices(data: int, fsdp: int, num_devices: int) -> Iterator[str]:
+    fixed = math.prod(size for size in (data, fsdp) if size != -1)
+    if data == fsdp == -1:
+        yield "mesh.data = -1, mesh.fsdp = -1: only one can be -1, all remaining devices"
+    elif -1 not in (data, fsdp) and fixed != num_devices:
+        yield (
+            f"mesh.data = {data}, mesh.fsdp = {fsdp}: "
+            f"must multiply to the number of devices, {num_devices}"
+        )
+    elif num_devices % fixed:
+        key = "mesh.fsdp" if data == -1 else "mesh.data"
+        yield f"{key} = {fixed}: must divide the number of devices, {num_devices}"
+
+
+def _devices_share_alike(key: str, batch_size: int, num_devices: int) -> Iterator[str]:
+    if batch_size % num_devices:
+        yield f"{key} = {batch_size}: must be divisible by the number of devices, {num_devices}"
+
+
+def _split_exists(key: str, split: str, dataset: DatasetInfo) -> Iterator[str]:
+    try:
+        split_range(dataset, split)
+    except UserError as error:
+        yield f"{key} = {split!r}: {error}"
+
+
+def _images_fill_a_batch(batch_size: int, split: str, dataset: DatasetInfo) -> Iterator[str]:
+    with contextlib.suppress(UserError):  # an unknown split is reported by its own rule
+        _, examples = split_range(dataset, split)
+        if batch_size > len(examples):
+            yield (
+                f"batch_size = {batch_size}: "
+                f"must be <= {len(examples)}, the images of the split {split!r}"
+            )
+
+
+def _one_for_each_channel(
+    key: str, numbers: Sequence[float], dataset: DatasetInfo
+) -> Iterator[str]:
+    channels = dataset.image_shape[-1]
+    if len(numbers) != channels:
+        yield f"{key} = {numbers}: must have one number for each channel of an image, {channels}"
+
+
+def _crop_is_smaller_than_image(padding: int, dataset: DatasetInfo) -> Iterator[str]:
+    side = min(dataset.image_shape[:2])
+    if padding >= side:
+        yield f"augment.crop_padding = {padding}: must be < {side}, the pixels of an image's side"
+
+
+def _warmup_ends(warmup_epochs: float, num_epochs: int) -> Iterator[str]:
+    if warmup_epochs > num_epochs:
+        yield f"schedule.warmup_epochs = {warmup_epochs}: must be <= {num_epochs}, num_epochs"
+
+
+def _model_takes_images(
+    name: str, arguments: Mapping[str, Any], dataset: DatasetInfo
+) -> Iterator[str]:
+    def init() -> Any:
+        model = create_model(name, num_classes=dataset.num_classes, **arguments)
+        return model.init(jax.random.key(0), jnp.zeros((1, *dataset.image_shape)), train=False)
+
+    try:
+        jax.eval_shape(init)
+    except (ValueError, TypeError, ArithmeticError) as error:
+        yield f"model: {' '.join(str(error).split())}"
+
+
+_RULES: Sequence[tuple[Sequence[str], Callable[..., Iterable[str]]]] = (
+    (("mesh.data", "mesh.fsdp", "num_devices"), _mesh_covers_devices),
+    (("batch_size", "num_devices"), partial(_devices_share_alike, "batch_size")),
+    (("eval.batch_size", "num_devices"), partial(_devices_share_alike, "eval.batch_size")),
+    (("data.train_split", "dataset"), partial(_split_exists, "data.train_split")),
+    (("data.test_split", "dataset"), partial(_split_exists, "data.test_split")),
+    (("batch_size", "data.train_split", "dataset"), _images_fill_a_batch),
+    (("data.mean", "dataset"), partial(_one_for_each_channel, "data.mean")),
+    (("data.std", "dataset"), partial(_one_for_each_channel, "data.std")),
+    (("augment.crop_padding", "dataset"), _crop_is_smaller_than_image),
+    (("schedule.warmup_epochs", "num_epochs"), _warmup_ends),
+    (("model.name", "model.arguments", "dataset"), _model_takes_images),
+)
+"""Each rule between values, behind the values that it needs: it is silent while one is wrong."""
+
+_LISTS = (tuple, list, collections.abc.Sequence)
+_CLASSES = {bool: bool, int: numbers.Integral, float: numbers.Real, str: str}
+_PLAIN = (bool, int, float, str, type(None))
+_DESCRIPTIONS = {bool: "true or false", int: "an integer", float: "a number", str: "a text"}
+
+
+def _parts(annotation: Any) -> tuple[Any, Any, list[Any]]:
+    """Returns the bare type, the type of its items if it is a list, and what narrows it."""
+    base, *bounds = get_args(annotation) if get_origin(annotation) is Annotated else [annotation]
+    kind = get_origin(base) or base
+    items = get_args(base) if kind in _LISTS else ()
+    return kind, items[0] if items else Any, bounds
+
+
+def _allows(annotation: Any, value: Any) -> bool:
+    """Returns whether the value is of the annotated type; a type not known here is any plain one.
+
+    A list may stand for a tuple and an integer for a number, but a bool is not an integer.
+    """
+    kind, item, bounds = _parts(annotation)
+    if isinstance(value, list | tuple):
+        return kind not in _CLASSES and all(_allows(item, part) for part in value)
+    if kind in _LISTS or (kind in (int, float) and isinstance(value, bool)):
+        return False
+    if isinstance(value, numbers.Real) and not abs(cast(float, value)) <= sys.float_info.max:
+        return False
+    return isinstance(value, _CLASSES.get(kind, _PLAIN)) and all(value in each for each in bounds)
+
+
+def _typed(annotation: Any, value: Any) -> Any:
+    """Returns a value that the type allows as exactly that type, lists as tuples."""
+    kind, item, _ = _parts(annotation)
+    if isinstance(value, list | tuple):
+        return tuple(_typed(item, part) for part in value)
+    return kind(value) if kind in (int, float) else value
+
+
+def _describe(annotation: Any) -> str:
+    """Returns what the annotation allows, to be put behind "must be"."""
+    kind, item, bounds = _parts(annotation)
+    if kind in _LISTS:
+        return f"a list, each {_describe(item)}"
+    if bounds and isinstance(bounds[0], OneOf):
+        return str(bounds[0])
+    description = _DESCRIPTIONS.get(kind, "a plain value")
+    return " ".join([description, " and ".join(map(str, bounds))]).rstrip()
+
+
+def _wrong(key: str, value: Any, annotation: Any) -> str:
+    _, _, bounds = _parts(annotation)
+    names = [name for each in bounds if isinstance(each, OneOf) for name in each.names]
+    hint = nearest(value, names) if isinstance(value, str) else ""
+    return f"{key} = {_shown(value)}: must be {_describe(annotation)}{hint}"
+
+
+_GIVEN_BY = {"model.num_classes": "data.name", "model.dtype": "precision"}
+
+
+def _unknown(key: str, value: Any, schema: Collection[str]) -> str:
+    section, _, leaf = key.rpartition(".")
+    if key in _GIVEN_BY:
+        return f"{key}: not a choice of its own; {_GIVEN_BY[key]} gives it"
+    if members := _members(key, schema):
+        return f"{key} = {_shown(value)}: must be a section with the keys {', '.join(members)}"
+    if siblings := _members(section, schema):
+        return f"{key}: unknown key{nearest(leaf, siblings) or '; known: ' + ', '.join(siblings)}"
+    return f"{key}: unknown key{nearest(key, schema)}"
+
+
+def _members(section: str, schema: Collection[str]) -> list[str]:
+    return [key.removeprefix(f"{section}.") for key in schema if key.startswith(f"{section}.")]
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _read(text: str, annotation: Any) -> Any:
+    """Returns the value that a text on the command line means for a key of this type."""
+    kind, _, _ = _parts(annotation)
+    words = {"true": True, "false": False} | ({"1": True, "0": False} if kind is bool else {})
+    if kind is str:
+        return text
+    if text.lower() in words:
+        return words[text.lower()]
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        return text
+    return (value,) if kind is tuple and not isinstance(value, list | tuple) else value
+
+
+def _copy(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        key: _copy(value) if isinstance(value, Mapping) else value for key, value in values.items()
+    }
+
+
+def _flatten(values: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns nested `values` by dotted key."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _flat_schema(section: type, prefix: str = "") -> dict[str, Any]:
+    """Returns the annotation of every key of a dataclass, by dotted key."""
+    schema: dict[str, Any] = {}
+    for name, annotation in get_type_hints(section, include_extras=True).items():
+        if dataclasses.is_dataclass(annotation):
+            schema |= _flat_schema(cast(type, annotation), f"{prefix}{name}.")
+        else:
+            schema[f"{prefix}{name}"] = annotation
+    return schema
+
+
+def _model_schema(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the annotation of every argument of the given model.
+
+    Without a known model nothing can be said of its arguments: those given are all allowed.
+    """
+    name: Any = given.get("model.name")
+    if not _allows(_SCHEMA["model.name"], name):
+        return {key: Any for key in given if key.startswith("model.") and key != "model.name"}
+    hints = get_type_hints(MODELS[name], include_extras=True)
+    names = {field.name for field in dataclasses.fields(MODELS[name])}
+    names -= {"name", "parent", *(key.removeprefix("model.") for key in _GIVEN_BY)}
+    return {f"model.{name}": hints[name] for name in hints if name in names}
+
+
+def _build(section: type, values: Mapping[str, Any], prefix: str = "") -> Any:
+    """Returns the dataclass with its values from among those given by dotted key."""
+    hints = get_type_hints(section)
+    return section(
+        **{
+            name: _build(cast(type, kind), values, f"{prefix}{name}.")
+            if dataclasses.is_dataclass(kind)
+            else values[f"{prefix}{name}"]
+            for name, kind in hints.items()
+        }
+    )
+
+
+_SCHEMA = _flat_schema(Config)
+del _SCHEMA["model.arguments"]  # in a config they are keys beside `model.name`

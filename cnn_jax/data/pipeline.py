@@ -1,0 +1,143 @@
+"""Stateless batches: which examples a step sees follows from (seed, step, process) alone.
+
+So a run resumes from its step number and nothing else, on any number of processes or threads.
+"""
+
+import contextlib
+import functools
+from collections.abc import Callable, Generator
+
+import numpy as np
+
+from cnn_jax.data.sources import Source
+from cnn_jax.errors import UserError
+
+BatchIterator = Generator[dict[str, np.ndarray], None, None]
+"""Yields batches; `close()` stops the threads that prepare the next ones."""
+
+
+@functools.lru_cache(maxsize=4)
+def epoch_order(num_examples: int, seed: int, epoch: int) -> np.ndarray:
+    """Returns the order, int64 [num_examples], in which `epoch` visits the examples (read-only).
+
+    It sorts raw random numbers because NumPy keeps the raw stream of a bit generator for ever,
+    while `Generator.permutation` may change with a version.
+    """
+    key = np.array([seed, epoch], np.uint64)
+    order = np.argsort(np.random.Philox(key=key).random_raw(num_examples), kind="stable")
+    order.setflags(write=False)
+    return order
+
+
+def steps_at_epoch_end(epochs: int, *, num_examples: int, batch_size: int) -> int:
+    """Returns how many steps are done when `epochs` epochs have ended.
+
+    Nothing is dropped: a batch may end one epoch and begin the next, and belongs to the next.
+    """
+    return epochs * num_examples // batch_size
+
+
+def batch_indices(
+    num_examples: int, *, batch_size: int, seed: int, step: int, part: range | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the example and the epoch, int32 each, of the positions `part` of a step's batch.
+
+    Positions run on across epochs: position p of all is in epoch p // num_examples. `part` is
+    counted within the global batch of `batch_size` and is all of it by default.
+    """
+    part = range(batch_size) if part is None else part
+    positions = step * batch_size + np.arange(part.start, part.stop, dtype=np.int64)
+    epochs, places = np.divmod(positions, num_examples)
+    examples = np.empty_like(places)
+    for epoch in np.unique(epochs):
+        now = epochs == epoch
+        examples[now] = epoch_order(num_examples, seed, int(epoch))[places[now]]
+    return examples.astype(np.int32), epochs.astype(np.int32)
+
+
+def train_batches(
+    source: Source,
+    *,
+    batch_size: int,
+    seed: int,
+    start_step: int,
+    stop_step: int,
+    process_index: int = 0,
+    process_count: int = 1,
+    num_threads: int = 2,
+    prefetch: int = 4,
+) -> BatchIterator:
+    """Returns an iterator over this process's part of the batches of the steps.
+
+    A batch is `image` uint8 [b h w c], `label`, `index` (the example's number in the source) and
+    `epoch`, int32 [b], with b = batch_size / process_count; the parts of all processes, one after
+    the other, are the batch of one process.
+
+    Raises:
+      UserError: `batch_size` does not divide by `process_count`; while iterating, a damaged record.
+    """
+    part = _part(batch_size, process_index, process_count)
+
+    def make_batch(step: int) -> dict[str, np.ndarray]:
+        index, epoch = batch_indices(
+            len(source), batch_size=batch_size, seed=seed, step=step, part=part
+        )
+        return {**source.batch(index), "index": index, "epoch": epoch}
+
+    return _iterate(make_batch, range(start_step, stop_step), num_threads, prefetch)
+
+
+def eval_batches(
+    source: Source,
+    *,
+    batch_size: int,
+    process_index: int = 0,
+    process_count: int = 1,
+    num_threads: int = 2,
+    prefetch: int = 4,
+) -> BatchIterator:
+    """Returns an iterator over this process's part of all examples, in order, each exactly once.
+
+    A batch is `image` uint8 [b h w c], `label` int32 [b] and `mask` float32 [b], 1 for an example
+    and 0 for the padding, with b = batch_size / process_count. Every process gets the same number
+    of batches, all of one shape.
+
+    Raises:
+      UserError: `batch_size` does not divide by `process_count`; while iterating, a damaged record.
+    """
+    part = _part(batch_size, process_index, process_count)
+    num_examples = len(source)
+
+    def make_batch(number: int) -> dict[str, np.ndarray]:
+        index = number * batch_size + np.arange(part.start, part.stop, dtype=np.int64)
+        batch = source.batch(np.minimum(index, num_examples - 1))
+        return {**batch, "mask": (index < num_examples).astype(np.float32)}
+
+    num_batches = -(-num_examples // batch_size)
+    return _iterate(make_batch, range(num_batches), num_threads, prefetch)
+
+
+def _part(batch_size: int, process_index: int, process_count: int) -> range:
+    if batch_size % process_count:
+        raise UserError(
+            f"batch_size {batch_size} does not divide by the number of processes, {process_count}"
+        )
+    size = batch_size // process_count
+    return range(process_index * size, (process_index + 1) * size)
+
+
+def _iterate(
+    make_batch: Callable[[int], dict[str, np.ndarray]],
+    numbers: range,
+    num_threads: int,
+    prefetch: int,
+) -> BatchIterator:
+    import grain
+
+    # One element is one batch: grain spends more on an element than NumPy on a small image.
+    batches = grain.MapDataset.range(numbers.start, numbers.stop).map(make_batch)
+    options = grain.ReadOptions(
+        num_threads=num_threads, prefetch_buffer_size=max(prefetch, num_threads)
+    )
+    with contextlib.closing(iter(batches.to_iter_dataset(options))) as iterator:
+        yield from iterator

@@ -1,0 +1,210 @@
+"""From a checked configuration to the objects of a run, without reading data or making weights.
+
+What trains, what a dry run prints and what is compiled ahead of time are this one plan.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from cnn_jax.config import Config
+from cnn_jax.data.datasets import DatasetInfo, dataset_info, split_range
+from cnn_jax.data.pipeline import steps_at_epoch_end
+from cnn_jax.models import create_model
+from cnn_jax.runtime.platform import describe_devices
+from cnn_jax.runtime.sharding import batch_sharding, make_mesh, replicated, shard_state
+from cnn_jax.training.augment import make_augment, normalize
+from cnn_jax.training.losses import cross_entropy
+from cnn_jax.training.optim import make_optimizer, make_schedule
+from cnn_jax.training.state import TrainState, init_state
+from cnn_jax.training.steps import EvalStep, TrainStep, make_eval_step, make_train_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A run before it starts.
+
+    Attributes:
+      config: what was asked for.
+      dataset: what is known of the data set.
+      train_examples, test_examples: images in the two splits.
+      total_steps: optimiser steps from the first to the last.
+      model: the linen module.
+      tx, schedule: the optimiser, and its learning rate by step.
+      mesh: the devices.
+      train_step, eval_step: the pure functions that are compiled.
+      state: the abstract train state, with the sharding of every array.
+    """
+
+    config: Config
+    dataset: DatasetInfo
+    train_examples: int
+    test_examples: int
+    total_steps: int
+    model: Any
+    tx: optax.GradientTransformation
+    schedule: optax.Schedule
+    mesh: Mesh
+    train_step: TrainStep
+    eval_step: EvalStep
+    state: TrainState
+
+    def make_state(self) -> TrainState:
+        """Returns the state at step 0, on the devices; a function of the seed alone."""
+
+        def make() -> TrainState:
+            key = jax.random.fold_in(jax.random.key(self.config.seed), 0)
+            return init_state(self.model, self.tx, self._image(), key)
+
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.state)
+        return jax.jit(make, out_shardings=shardings)()
+
+    def make_key(self) -> jax.Array:
+        """Returns the root of all randomness in the steps, on the devices."""
+
+        def make() -> jax.Array:
+            return jax.random.fold_in(jax.random.key(self.config.seed), 1)
+
+        return jax.jit(make, out_shardings=replicated(self.mesh))()
+
+    def compile_train_step(self) -> jax.stages.Compiled:
+        """Returns the compiled train step; it takes the place of the state that it is given."""
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=replicated(self.mesh))
+        batch = self._batch(self.config.batch_size, index=jnp.int32, epoch=jnp.int32)
+        shardings = (jax.tree.map(lambda leaf: leaf.sharding, self.state), replicated(self.mesh))
+        step = jax.jit(self.train_step, donate_argnums=0, out_shardings=shardings)
+        return step.lower(self.state, batch, key).compile()
+
+    def compile_eval_step(self) -> jax.stages.Compiled:
+        """Returns the compiled evaluation step."""
+        batch = self._batch(self.config.eval.batch_size, mask=jnp.float32)
+        step = jax.jit(self.eval_step, out_shardings=replicated(self.mesh))
+        return step.lower(self.state, batch).compile()
+
+    def learning_rate(self, step: int) -> float:
+        """Returns the learning rate of the step that follows `step` steps."""
+        with jax.transfer_guard("allow"):
+            return float(self.schedule(step))
+
+    def epoch(self, step: int) -> float:
+        """Returns how many epochs have passed after `step` steps."""
+        return step * self.config.batch_size / self.train_examples
+
+    def evaluates_after(self, step: int) -> bool:
+        """Returns whether the test split is evaluated when `step` steps are done."""
+        every = self.config.eval.every_steps
+        return step == self.total_steps or self._is_due(step, every)
+
+    def saves_after(self, step: int) -> bool:
+        """Returns whether a checkpoint is written when `step` steps are done."""
+        every = self.config.checkpoint.every_steps
+        return self.evaluates_after(step) or (every > 0 and self._is_due(step, every))
+
+    def describe(self) -> str:
+        """Returns the plan as lines that a person reads before the run."""
+        config, data = self.config, self.dataset
+        parameters = sum(leaf.size for leaf in jax.tree.leaves(self.state.params))
+        arguments = ", ".join(f"{k}={v}" for k, v in config.model.arguments.items())
+        height, width, channels = data.image_shape
+        lines = {
+            "model": f"{config.model.name}({arguments}): {parameters:,} parameters",
+            "data": f"{data.name}: {self.train_examples:,} train and {self.test_examples:,} test "
+            f"images, {height} x {width} x {channels}, {data.num_classes} classes",
+            "devices": f"{describe_devices()}; mesh "
+            + ", ".join(f"{axis} {size}" for axis, size in self.mesh.shape.items()),
+            "precision": config.precision,
+            "optimizer": f"{config.optimizer.name}, learning rate {config.optimizer.learning_rate} "
+            f"({config.schedule.name}, {config.schedule.warmup_epochs:g} epochs of warm-up)",
+            "steps": f"{self.total_steps:,} of {config.batch_size} images: "
+            f"{config.num_epochs} epochs, seed {config.seed}",
+        }
+        return "\n".join(f"{name:<10} {text}" for name, text in lines.items())
+
+    def _is_due(self, step: int, every: int) -> bool:
+        if every:
+            return step > 0 and step % every == 0
+        batch_size, examples = self.config.batch_size, self.train_examples
+        epochs = ((step + 1) * batch_size - 1) // examples  # ended before the next step does
+        return step > 0 and step == steps_at_epoch_end(
+            epochs, num_examples=examples, batch_size=batch_size
+        )
+
+    def _image(self) -> jax.Array:
+        return jnp.zeros((1, *self.dataset.image_shape), jnp.float32)
+
+    def _batch(self, size: int, **others: Any) -> dict[str, jax.ShapeDtypeStruct]:
+        sharding = batch_sharding(self.mesh)
+        arrays = {
+            "image": ((size, *self.dataset.image_shape), jnp.uint8),
+            "label": ((size,), jnp.int32),
+            **{name: ((size,), dtype) for name, dtype in others.items()},
+        }
+        return {
+            name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+            for name, (shape, dtype) in arrays.items()
+        }
+
+
+def make_plan(config: Config) -> Plan:
+    """Returns the plan of the run that `config` describes, on this machine's devices."""
+    dataset = dataset_info(config.data.name)
+    train_examples = len(split_range(dataset, config.data.train_split)[1])
+    total_steps = steps_at_epoch_end(
+        config.num_epochs, num_examples=train_examples, batch_size=config.batch_size
+    )
+    dtype = jnp.dtype(config.precision)
+    model = create_model(
+        config.model.name, num_classes=dataset.num_classes, dtype=dtype, **config.model.arguments
+    )
+    schedule = make_schedule(
+        config.schedule.name,
+        peak=config.optimizer.learning_rate,
+        total_steps=total_steps,
+        warmup_steps=round(config.schedule.warmup_epochs * train_examples / config.batch_size),
+        end_factor=config.schedule.end_factor,
+    )
+    optimizer = config.optimizer
+    tx = make_optimizer(
+        optimizer.name,
+        schedule,
+        momentum=optimizer.momentum,
+        nesterov=optimizer.nesterov,
+        b1=optimizer.b1,
+        b2=optimizer.b2,
+        eps=optimizer.eps,
+        weight_decay=optimizer.weight_decay,
+    )
+    prepare = functools.partial(normalize, mean=config.data.mean, std=config.data.std, dtype=dtype)
+    mesh = make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp)
+    image = jax.ShapeDtypeStruct((1, *dataset.image_shape), jnp.float32)
+    state = jax.eval_shape(
+        lambda image, key: init_state(model, tx, image, key), image, jax.random.key(0)
+    )
+    return Plan(
+        config=config,
+        dataset=dataset,
+        train_examples=train_examples,
+        test_examples=len(split_range(dataset, config.data.test_split)[1]),
+        total_steps=total_steps,
+        model=model,
+        tx=tx,
+        schedule=schedule,
+        mesh=mesh,
+        train_step=make_train_step(
+            model,
+            tx,
+            loss=functools.partial(cross_entropy, label_smoothing=config.loss.label_smoothing),
+            normalize=prepare,
+            augment=make_augment(
+                crop_padding=config.augment.crop_padding, flip=config.augment.flip
+            ),
+        ),
+        eval_step=make_eval_step(model, normalize=prepare),
+        state=shard_state(mesh, state),
+    )

@@ -1,0 +1,174 @@
+"""Checkpoints of one run: written in the background, whole or not at all, and verified when read.
+
+orbax writes each step into a directory of its own. A manifest with the size and SHA-256 of every
+file is among them, so that one that was cut or altered later is found before anything is read.
+"""
+
+import contextlib
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers
+
+from cnn_jax.errors import UserError
+from cnn_jax.runtime.files import write_atomically
+from cnn_jax.training.state import TrainState
+
+MANIFEST = "manifest.json"
+ITEMS = ("state", "record", "metrics")
+
+
+def _digests(step_directory: Path) -> dict[str, str]:
+    files = sorted(p for item in ITEMS for p in (step_directory / item).rglob("*") if p.is_file())
+    digests = {}
+    for path in files:
+        with path.open("rb") as file:
+            digests[path.relative_to(step_directory).as_posix()] = hashlib.file_digest(
+                file, "sha256"
+            ).hexdigest()
+    return digests
+
+
+def find_damage(step_directory: Path) -> str | None:
+    """Returns what is wrong with a checkpoint, naming the file; None where it is whole."""
+    try:
+        expected = json.loads((step_directory / MANIFEST).read_text())
+    except (OSError, ValueError):
+        return f"it was not finished (no readable {MANIFEST})"
+    actual = _digests(step_directory)
+    for name, digest in expected.items():
+        if name not in actual:
+            return f"{name} is missing"
+        if actual[name] != digest:
+            return f"{name} is truncated or altered (its SHA-256 has changed)"
+    return None
+
+
+class Checkpoints:
+    """The checkpoints of one run: the newest `keep` and the one with the best accuracy."""
+
+    def __init__(self, directory: Path, *, keep: int, log: Callable[[str], None]) -> None:
+        # orbax and tensorstore narrate every save, and print pages for a file they cannot read.
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
+        self._directory = directory.absolute()
+        self._log = log
+        self._saving: int | None = None
+        self._set_damaged_aside()
+        self._manager = ocp.CheckpointManager(
+            self._directory,
+            item_names=("state", "record"),
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=checkpoint_managers.AnyPreservationPolicy(
+                    [
+                        checkpoint_managers.LatestN(keep),
+                        checkpoint_managers.BestN(
+                            get_metric_fn=lambda metrics: metrics["accuracy"],
+                            n=1,
+                            keep_checkpoints_without_metrics=False,
+                        ),
+                    ]
+                ),
+                best_fn=lambda metrics: metrics["accuracy"],  # or no metrics are written
+                cleanup_tmp_directories=True,
+                async_options=ocp.AsyncOptions(post_finalization_callback=self._write_manifest),
+            ),
+        )
+
+    def latest_step(self) -> int | None:
+        """Returns the step of the newest good checkpoint; None where there is none."""
+        return self._manager.latest_step()
+
+    def record(self) -> Mapping[str, Any]:
+        """Returns the JSON values saved beside the newest good checkpoint."""
+        restored = self._manager.restore(
+            self._manager.latest_step(), args=ocp.args.Composite(record=ocp.args.JsonRestore())
+        )
+        return restored["record"]
+
+    def restore(self, abstract_state: TrainState) -> TrainState:
+        """Returns the newest good state, laid out as `abstract_state` says.
+
+        Raises UserError where the checkpoint holds other arrays than the model of this run has.
+        """
+        step = self._manager.latest_step()
+        try:
+            restored = self._manager.restore(
+                step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state))
+            )
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{self._directory / str(step)} holds other arrays than this configuration's model "
+                f"and optimizer: {_first_line(error)}. Choose another --workdir"
+            ) from error
+        return restored["state"]
+
+    def save(
+        self, state: TrainState, *, record: Mapping[str, Any], accuracy: float | None = None
+    ) -> None:
+        """Copies the state to the host and writes it in the background; a saved step is left alone.
+
+        Raises UserError where this or an earlier checkpoint could not be written.
+        """
+        step = int(jax.device_get(state.step))
+        if step == self._manager.latest_step():
+            return
+        self.wait()
+        self._saving = step
+        with self._clear_errors():
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(dict(record))
+                ),
+                metrics=None if accuracy is None else {"accuracy": accuracy},
+            )
+
+    def wait(self) -> None:
+        """Returns when every checkpoint is on disk; raises UserError where one could not be."""
+        with self._clear_errors():
+            self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits and frees orbax's threads."""
+        self._manager.close()
+
+    def _write_manifest(self) -> None:
+        # orbax calls this before it renames the directory, so the manifest is part of the commit.
+        (step_directory,) = self._directory.glob(f"{self._saving}.*")
+        write_atomically(step_directory / MANIFEST, json.dumps(_digests(step_directory), indent=1))
+
+    def _set_damaged_aside(self) -> None:
+        """Moves what is newer than the newest good checkpoint out of orbax's sight."""
+        steps = [p for p in self._directory.glob("[0-9]*") if p.name.isdigit() and p.is_dir()]
+        for step_directory in sorted(steps, key=lambda path: int(path.name), reverse=True):
+            damage = find_damage(step_directory)
+            if damage is None:
+                return
+            aside = self._directory.with_name("damaged") / step_directory.name
+            while aside.exists():
+                aside = aside.with_name(aside.name + "-again")
+            aside.parent.mkdir(exist_ok=True)
+            step_directory.rename(aside)
+            self._log(f"checkpoint {step_directory} is skipped: {damage}; moved to {aside}")
+
+    @contextlib.contextmanager
+    def _clear_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError, RuntimeError) as error:
+            raise UserError(
+                f"checkpoint {self._directory / str(self._saving)} could not be written: "
+                f"{_first_line(error)}. Earlier checkpoints are untouched; make room or choose "
+                "another --workdir, and start the same command again"
+            ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:300] if lines else type(error).__name__

@@ -1,0 +1,76 @@
+"""The process and the machine it runs on: devices, and signals that ask it to stop."""
+
+import contextlib
+import importlib.metadata
+import platform
+import signal
+from types import FrameType, TracebackType
+
+import jax
+
+
+def versions() -> dict[str, str]:
+    """Returns the versions of Python and of the packages that decide a run's numbers."""
+    packages = ("cnn_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+    found = {"python": platform.python_version()}
+    for package in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
+
+
+def describe_devices() -> str:
+    """Returns a line such as `8 x NVIDIA H200 (gpu), jax 0.10.2`."""
+    kind = jax.devices()[0].device_kind
+    return f"{jax.device_count()} x {kind} ({jax.default_backend()}), jax {jax.__version__}"
+
+
+class Interrupted(Exception):  # noqa: N818 - it is no error
+    """The run was asked to stop by a signal."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signal.Signals(signum).name)
+        self.signum = signum
+
+
+class StopSignals:
+    """Turns SIGINT and SIGTERM into a wish to stop, while it is entered.
+
+    Until `defer` is called a signal raises `Interrupted` at once: there is nothing to save yet.
+    Afterwards the first signal is kept for `check`, so that a step or a save is never torn; the
+    second raises `Interrupted` wherever the program is.
+    """
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._deferring = False
+        self._previous: dict[int, object] = {}
+
+    def __enter__(self) -> "StopSignals":
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            self._previous[signum] = signal.signal(signum, self._handle)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        for signum, handler in self._previous.items():
+            signal.signal(signum, handler)  # pyright: ignore[reportArgumentType]
+
+    def defer(self) -> None:
+        """From now on, keeps the first signal for `check`."""
+        self._deferring = True
+
+    def check(self) -> None:
+        """Raises `Interrupted` if a signal has come."""
+        if self.received is not None:
+            raise Interrupted(self.received)
+
+    def _handle(self, signum: int, frame: FrameType | None) -> None:
+        first = self.received is None
+        self.received = signum
+        if not (self._deferring and first):
+            raise Interrupted(signum)

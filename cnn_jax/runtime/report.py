@@ -1,0 +1,176 @@
+"""What a run tells: lines and a bar for people, JSON lines and TensorBoard for programs."""
+
+import contextlib
+import json
+import os
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+Row = Mapping[str, float]
+
+
+class Clock:
+    """Adds up the seconds spent in each named part of the run."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+        self._start = time.perf_counter()
+
+    @contextlib.contextmanager
+    def measure(self, part: str) -> Iterator[None]:
+        """Adds the seconds until the block is left."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[part] += time.perf_counter() - start
+
+    def total(self) -> float:
+        """Returns the seconds since this clock was made."""
+        return time.perf_counter() - self._start
+
+
+def duration(seconds: float) -> str:
+    """Returns `12.3 s`, `4:05` (minutes) or `1:02:03` (hours)."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+class MetricsLog:
+    """The record of a run in its directory: `metrics.jsonl`, and TensorBoard event files.
+
+    Attributes:
+      rows: all rows so far, earlier starts of the run included.
+    """
+
+    def __init__(self, directory: Path, *, resume_step: int) -> None:
+        """Opens the log of a run that goes on from `resume_step`.
+
+        Rows behind that step are dropped, and so is a last line torn by a kill: the run is about
+        to write them again.
+        """
+        from tensorboardX import SummaryWriter
+
+        self._path = directory / "metrics.jsonl"
+        self.rows: list[Row] = [row for row in read_rows(self._path) if row["step"] <= resume_step]
+        temporary = self._path.with_name(self._path.name + ".tmp")
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+        temporary.replace(self._path)
+        self._file = self._path.open("a")
+        self._events = SummaryWriter(
+            str(directory / "tensorboard"), purge_step=resume_step + 1, write_to_disk=True
+        )
+
+    def write(self, step: int, values: Row) -> None:
+        """Adds one row; it is on its way to the disk when this returns."""
+        row = {"step": step, **values}
+        self.rows.append(row)
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            self._events.add_scalar(name, value, step)
+
+    def at(self, step: int, name: str) -> float | None:
+        """Returns the value of this name that was written at `step`, if one was."""
+        values = (row[name] for row in self.rows if row["step"] == step and name in row)
+        return next(values, None)
+
+    def close(self) -> None:
+        self._file.close()
+        self._events.close()
+
+
+def read_rows(path: Path) -> list[dict[str, float]]:
+    """Returns the rows of a `metrics.jsonl`, without a last line that a kill has torn."""
+    rows = []
+    lines = path.read_text().splitlines() if path.exists() else []
+    for line in lines:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
+
+
+class Progress:
+    """A progress bar on a terminal; elsewhere (a log, a pipe) plain lines."""
+
+    def __init__(self, total_steps: int, *, first_step: int, stream: TextIO | None = None) -> None:
+        self._stream = sys.stdout if stream is None else stream
+        self._total = total_steps
+        self._start = time.perf_counter()
+        self._first = first_step
+        self._bar: Any = None
+        if self._stream.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(
+                total=total_steps,
+                initial=first_step,
+                file=self._stream,
+                dynamic_ncols=True,
+                unit="step",
+                bar_format="{percentage:3.0f}%|{bar}| {n}/{total} [{remaining} left] {desc}",
+            )
+
+    def advance(self, step: int) -> None:
+        """Moves the bar to `step`."""
+        if self._bar is not None:
+            self._bar.update(step - self._bar.n)
+
+    def show(self, step: int, row: Row) -> None:
+        """Shows the training metrics of a window that ended at `step`."""
+        text = (
+            f"epoch {row['epoch']:.2f}  loss {row['train/loss']:.4f}  "
+            f"accuracy {row['train/accuracy']:.4f}  {row['images_per_second']:,.0f} images/s"
+        )
+        if self._bar is not None:
+            self._bar.set_description_str(text)
+            return
+        seconds_a_step = (time.perf_counter() - self._start) / max(1, step - self._first)
+        left = duration((self._total - step) * seconds_a_step)
+        self.say(f"step {step}/{self._total}  {text}  {left} left")
+
+    def say(self, text: str) -> None:
+        """Prints a line of its own, above the bar where there is one."""
+        if self._bar is not None:
+            self._bar.write(text, file=self._stream)
+        else:
+            print(text, file=self._stream, flush=True)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def plot_curves(rows: Sequence[Row], path: Path) -> None:
+    """Draws loss and accuracy over the epochs, training and test, as a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for axis, quantity in zip(axes, ("loss", "accuracy"), strict=True):
+        for split, style in (("train", "-"), ("test", "o-")):
+            name = f"{split}/{quantity}"
+            points = [(row["epoch"], row[name]) for row in rows if name in row]
+            if points:
+                axis.plot(*zip(*points, strict=True), style, label=split, markersize=4)
+        axis.set_xlabel("epoch")
+        axis.set_ylabel("cross-entropy (nats)" if quantity == "loss" else "accuracy")
+        axis.set_title(quantity)
+        axis.grid(alpha=0.3)
+        if axis.lines:
+            axis.legend()
+    temporary = path.with_name(path.name + ".tmp")
+    figure.savefig(temporary, format="png", dpi=120)
+    plt.close(figure)
+    os.replace(temporary, path)

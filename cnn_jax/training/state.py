@@ -1,0 +1,47 @@
+"""What a run carries from step to step: arrays only."""
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from cnn_jax.typing import Images
+
+
+@flax.struct.dataclass
+class TrainState:
+    """The tree that is trained, sharded, checkpointed and compiled ahead of time.
+
+    Attributes:
+      step: int32 scalar, optimiser steps done.
+      params: float32 parameters.
+      batch_stats: float32 running statistics; empty without BatchNorm.
+      opt_state: of the optimiser.
+    """
+
+    step: jax.Array
+    params: Any
+    batch_stats: Any
+    opt_state: optax.OptState
+
+
+def init_state(
+    model: Any, tx: optax.GradientTransformation, images: Images, key: jax.Array
+) -> TrainState:
+    """Returns the state at step 0; only the shape and dtype of `images` matter."""
+    variables = model.init(key, images, train=False)
+    params = variables["params"]
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        batch_stats=variables.get("batch_stats", {}),
+        opt_state=tx.init(params),
+    )
+
+
+@jax.jit
+def all_finite(state: TrainState) -> jax.Array:
+    """Returns whether every number of the state is finite, a bool scalar."""
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(state)]))

@@ -1,0 +1,81 @@
+"""One step, as pure functions to hand to `jax.jit` with any sharding."""
+
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from cnn_jax.training.augment import Augment, example_keys
+from cnn_jax.training.losses import Loss, cross_entropy
+from cnn_jax.training.metrics import metric_sums
+from cnn_jax.training.state import TrainState
+from cnn_jax.typing import Batch, FeatureMap, Images, Metrics
+
+TrainStep: TypeAlias = Callable[[TrainState, Batch, jax.Array], tuple[TrainState, Metrics]]
+EvalStep: TypeAlias = Callable[[TrainState, Batch], Metrics]
+Normalize: TypeAlias = Callable[[Images], FeatureMap]
+
+
+def make_train_step(
+    model: Any,
+    tx: optax.GradientTransformation,
+    *,
+    loss: Loss = cross_entropy,
+    normalize: Normalize = lambda images: images,
+    augment: Augment | None = None,
+) -> TrainStep:
+    """Returns `step(state, batch, key) -> (state, metric sums)`.
+
+    `model` is any linen module called as `model(images, train=True)`. The loss is averaged over the
+    global batch. The metrics are the sums of `loss` and `accuracy` over `count` examples, the norm
+    of the gradient as `grad_norm`, and `finite`: 1 where loss and gradient are finite numbers.
+    With `augment`, examples are changed by keys of (key, epoch, index), which the batch names.
+    """
+
+    def step(state: TrainState, batch: Batch, key: jax.Array) -> tuple[TrainState, Metrics]:
+        images, labels = batch["image"], batch["label"]
+        if augment is not None:
+            images = augment(images, example_keys(key, batch["epoch"], batch["index"]))
+        images = normalize(images)
+
+        def mean_loss(params: Any) -> tuple[jax.Array, Any]:
+            logits, updated = model.apply(
+                {"params": params, "batch_stats": state.batch_stats},
+                images,
+                train=True,
+                mutable=["batch_stats"],
+                rngs={"dropout": jax.random.fold_in(key, state.step)},
+            )
+            losses = loss(logits, labels)
+            return jnp.mean(losses), (logits, losses, updated.get("batch_stats", {}))
+
+        grads, (logits, losses, batch_stats) = jax.grad(mean_loss, has_aux=True)(state.params)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        new_state = TrainState(
+            step=state.step + 1,
+            params=optax.apply_updates(state.params, updates),
+            batch_stats=batch_stats,
+            opt_state=opt_state,
+        )
+        sums = metric_sums(logits, labels, losses, jnp.ones_like(losses))
+        grad_norm = optax.global_norm(grads)
+        finite = jnp.isfinite(sums["loss"]) & jnp.isfinite(grad_norm)
+        return new_state, {**sums, "grad_norm": grad_norm, "finite": finite}
+
+    return step
+
+
+def make_eval_step(
+    model: Any, *, loss: Loss = cross_entropy, normalize: Normalize = lambda images: images
+) -> EvalStep:
+    """Returns `step(state, batch) -> metric sums` over the examples that `batch["mask"]` keeps."""
+
+    def step(state: TrainState, batch: Batch) -> Metrics:
+        variables = {"params": state.params, "batch_stats": state.batch_stats}
+        logits = model.apply(variables, normalize(batch["image"]), train=False)
+        losses = loss(logits, batch["label"])
+        return metric_sums(logits, batch["label"], losses, batch["mask"])
+
+    return step

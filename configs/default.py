@@ -1,0 +1,87 @@
+"""Every key of a configuration, with its meaning, its unit and a sensible value.
+
+Another configuration starts from this one and changes what it needs:
+
+    from configs import default
+
+    def get_config():
+        config = default.get_config()
+        config.optimizer.learning_rate = 0.05
+        return config
+
+It accepts any key so that a run reports all mistakes at once, misspelt keys among them.
+"""
+
+from typing import Any
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> Any:  # a ConfigDict, whose attributes a type checker cannot know
+    """Returns a ConfigDict of all keys, for a small network on images that the package brings."""
+    config = ConfigDict(type_safe=False)
+
+    config.seed = 0  # decides the first weights, the order of the images and their augmentation
+    config.batch_size = 128  # images in a training step, over all devices together
+    config.num_epochs = 10  # passes over the training images
+    config.precision = "float32"  # of the computation: float32 or bfloat16; weights are float32
+
+    # Any other argument of the model may stand beside its name (for modern_cnn: stage_sizes, width,
+    # stem, block, variant, norm); the number of classes comes from the data set.
+    config.model = ConfigDict(type_safe=False)
+    config.model.name = "modern_cnn"  # a name in cnn_jax.models.MODELS
+    config.model.stage_sizes = (1, 1, 1)  # residual blocks in each stage
+    config.model.width = 32  # channels of the stem; each further stage doubles them
+    config.model.stem = "small"  # small keeps the image's size; large is for 100 pixels and up
+    config.model.block = "residual"  # residual (3x3, 3x3) or bottleneck (1x1, 3x3, 1x1)
+
+    config.data = ConfigDict(type_safe=False)
+    config.data.name = "fashion_mnist_10k"  # a name in cnn_jax.data.sources.DATASETS
+    config.data.train_split = "train"  # trained on; a slice such as train[:50%] will do
+    config.data.test_split = "test"  # evaluated on
+    config.data.data_dir = ""  # where prepared data sets are kept; empty: TFDS's own default
+    config.data.source_dir = ""  # where the official files already lie; empty: nowhere
+    config.data.memory_limit_mb = 1024  # MiB; a larger split is read from disk batch by batch
+    config.data.num_threads = 2  # threads that make batches, on each host
+    config.data.prefetch = 4  # batches made ahead of the step
+    config.data.mean = (0.2860,)  # one for each channel, of pixels scaled to [0, 1]
+    config.data.std = (0.3530,)  # likewise; images become (pixels / 255 - mean) / std
+
+    config.augment = ConfigDict(type_safe=False)
+    config.augment.crop_padding = 2  # pixels of random shift each way; 0: none
+    config.augment.flip = True  # mirror half of the images left to right
+
+    config.optimizer = ConfigDict(type_safe=False)
+    config.optimizer.name = "sgd"  # sgd or adamw
+    config.optimizer.learning_rate = 0.1  # the highest of the schedule
+    config.optimizer.momentum = 0.9  # sgd: share of the last update that is kept
+    config.optimizer.nesterov = True  # sgd: look ahead along the momentum
+    config.optimizer.b1 = 0.9  # adamw: decay of the mean gradient, a step
+    config.optimizer.b2 = 0.999  # adamw: decay of the mean squared gradient, a step
+    config.optimizer.eps = 1e-8  # adamw: added to the root of the mean squared gradient
+    config.optimizer.weight_decay = 5e-4  # of kernels only; sgd: added to the gradient, as in torch
+
+    config.schedule = ConfigDict(type_safe=False)
+    config.schedule.name = "cosine"  # cosine or constant, after the warm-up
+    config.schedule.warmup_epochs = 1.0  # epochs of linear rise from 0; fractions will do
+    config.schedule.end_factor = 0.0  # cosine: last learning rate as a share of the highest
+
+    config.loss = ConfigDict(type_safe=False)
+    config.loss.label_smoothing = 0.0  # share of the label that is spread over all classes
+
+    config.mesh = ConfigDict(type_safe=False)
+    config.mesh.data = -1  # devices that split the batch; -1: all that fsdp leaves
+    config.mesh.fsdp = 1  # devices that split the weights as well as the batch
+
+    config.eval = ConfigDict(type_safe=False)
+    config.eval.batch_size = 1024  # images in an evaluation step, over all devices together
+    config.eval.every_steps = 0  # training steps between evaluations; 0: at the end of each epoch
+
+    config.checkpoint = ConfigDict(type_safe=False)
+    config.checkpoint.every_steps = 0  # training steps between checkpoints; 0: at each evaluation
+    config.checkpoint.keep = 2  # newest checkpoints that stay, beside the best
+
+    config.log = ConfigDict(type_safe=False)
+    config.log.every_steps = 20  # training steps between two reports of loss and rate
+
+    return config

@@ -1,0 +1,97 @@
+"""ResidualBlock and BottleneckBlock against the oracle."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+
+from cnn_jax import BottleneckBlock, ResidualBlock
+from cnn_jax.models import blocks
+
+
+@pytest.mark.parametrize(
+    ("shape", "features", "strides", "project", "arguments"),
+    [
+        ((2, 6, 6, 3), 3, 1, False, {}),
+        ((2, 7, 5, 5), 4, 1, True, {"relu_before_add": False}),
+        ((2, 9, 6, 1), 4, 2, True, {"use_bias": False}),
+    ],
+)
+def test_residual_block(assert_matches, shape, features, strides, project, arguments):
+    downsample = functools.partial(blocks.projection, features, strides=strides)
+    block = ResidualBlock(features, strides, downsample if project else None, **arguments)
+    assert_matches(
+        block,
+        oracles.residual_block,
+        shape,
+        strides=strides,
+        project=project,
+        relu_before_add=arguments.get("relu_before_add", True),
+    )
+
+
+@pytest.mark.parametrize(
+    ("shape", "features", "strides", "expansion", "project", "arguments"),
+    [
+        ((2, 6, 6, 8), 2, 1, 4, False, {}),
+        ((2, 7, 5, 3), 3, 1, 2, True, {"relu_before_add": True, "use_bias": True}),
+        ((2, 9, 6, 5), 2, 3, 4, True, {"use_bias": True}),
+    ],
+)
+def test_bottleneck_block(assert_matches, shape, features, strides, expansion, project, arguments):
+    downsample = functools.partial(blocks.projection, features * expansion, strides=strides)
+    block = BottleneckBlock(
+        features, strides, expansion, downsample if project else None, **arguments
+    )
+    assert_matches(
+        block,
+        oracles.bottleneck_block,
+        shape,
+        strides=strides,
+        project=project,
+        relu_before_add=arguments.get("relu_before_add", False),
+    )
+
+
+@pytest.mark.parametrize(
+    ("block", "last"), [(ResidualBlock(4), "conv2"), (BottleneckBlock(1), "conv3")]
+)
+@pytest.mark.parametrize("relu_before_add", [True, False])
+def test_relu_before_the_addition(block, last, relu_before_add):
+    """A branch of -10 everywhere leaves the identity alone if a ReLU stands before the addition."""
+    block = block.clone(relu_before_add=relu_before_add)
+    images = jax.random.uniform(jax.random.key(1), (2, 5, 5, 4))
+    variables = jax.jit(block.init, static_argnames="train")(jax.random.key(0), images, train=False)
+    variables["params"][last]["norm"] = {"scale": jnp.zeros(4), "bias": jnp.full(4, -10.0)}
+    output = block.apply(variables, images, train=False)
+    np.testing.assert_array_equal(output, images if relu_before_add else 0 * images)
+
+
+def test_blocks_by_default_are_the_printed_one_and_resnet_50s():
+    def convolutions(block):
+        images = jnp.zeros((1, 5, 5, 8))
+        params = jax.eval_shape(lambda: block.init(jax.random.key(0), images, train=False))
+        return {
+            name: jax.tree.map(jnp.shape, layer["conv"]) for name, layer in params["params"].items()
+        }
+
+    assert convolutions(ResidualBlock(8)) == {
+        "conv1": {"kernel": (3, 3, 8, 8), "bias": (8,)},
+        "conv2": {"kernel": (3, 3, 8, 8), "bias": (8,)},
+    }
+    assert convolutions(BottleneckBlock(2)) == {
+        "conv1": {"kernel": (1, 1, 8, 2)},
+        "conv2": {"kernel": (3, 3, 2, 2)},
+        "conv3": {"kernel": (1, 1, 2, 8)},
+    }
+
+
+@pytest.mark.parametrize(
+    "block", [ResidualBlock(4), ResidualBlock(3, strides=2), BottleneckBlock(3)]
+)
+def test_an_identity_that_does_not_fit_is_refused(block):
+    with pytest.raises(ValueError, match=r"downsample=None: .* must be equal.*projection"):
+        jax.eval_shape(lambda: block.init(jax.random.key(0), jnp.zeros((2, 6, 6, 3)), train=False))

@@ -1,0 +1,151 @@
+"""ConvBlock and the pools against the oracle."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+
+from cnn_jax import ConvBlock
+from cnn_jax.models import layers
+
+
+@pytest.mark.parametrize(
+    ("shape", "kernel_size", "strides", "padding", "use_bias"),
+    [
+        ((2, 8, 8, 3), 3, 1, 1, True),
+        ((2, 7, 9, 1), 3, 2, 1, False),
+        ((3, 8, 12, 5), 5, 3, 2, True),
+        ((2, 15, 11, 3), 7, 2, 3, False),
+        ((2, 6, 5, 5), 1, 2, 0, True),
+        ((2, 10, 7, 3), (3, 5), (2, 1), (0, 2), True),
+    ],
+)
+def test_conv_block(assert_matches, shape, kernel_size, strides, padding, use_bias):
+    block = ConvBlock(4, kernel_size, strides, padding, use_bias)
+    assert_matches(block, oracles.conv_block, shape, strides=strides, padding=padding)
+
+
+def test_conv_block_by_default_is_the_printed_one(assert_matches):
+    """3x3, stride 1, padding 1, with bias, BatchNorm and ReLU."""
+    params = jax.eval_shape(
+        lambda: ConvBlock(4).init(jax.random.key(0), jnp.zeros((1, 5, 5, 3)), train=False)
+    )["params"]
+    assert jax.tree.map(jnp.shape, params) == {
+        "conv": {"kernel": (3, 3, 3, 4), "bias": (4,)},
+        "norm": {"scale": (4,), "bias": (4,)},
+    }
+    assert_matches(ConvBlock(4), oracles.conv_block, (2, 5, 5, 3))
+
+
+@pytest.mark.parametrize(
+    ("parts", "arguments"),
+    [
+        ({"act": None}, {"act": oracles.identity}),
+        ({"act": jnp.tanh}, {"act": np.tanh}),
+        ({"conv": functools.partial(nn.Conv, feature_group_count=2)}, {"groups": 2}),
+    ],
+    ids=["no act", "tanh", "grouped"],
+)
+def test_conv_block_is_built_of_the_parts_it_is_given(assert_matches, parts, arguments):
+    assert_matches(ConvBlock(4, **parts), oracles.conv_block, (2, 5, 4, 4), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("norm", "expected"),
+    [
+        (layers.batch_norm, {"params": {"conv", "norm"}, "batch_stats": {"norm"}}),
+        (layers.group_norm, {"params": {"conv", "norm"}}),
+        (layers.no_norm, {"params": {"conv"}}),
+    ],
+)
+def test_conv_block_has_the_norm_it_is_given(assert_matches, norm, expected):
+    block = ConvBlock(32, norm=norm)
+    variables = jax.eval_shape(
+        lambda: block.init(jax.random.key(0), jnp.zeros((1, 5, 5, 3)), train=False)
+    )
+    assert {collection: set(tree) for collection, tree in variables.items()} == expected
+    assert_matches(block, oracles.conv_block, (2, 5, 4, 3))
+
+
+@pytest.mark.parametrize(("window", "strides", "padding"), [(3, 2, 1), ((2, 3), (1, 2), 0)])
+@pytest.mark.parametrize("shape", [(2, 9, 8, 1), (1, 6, 11, 5)])
+def test_max_pool(shape, window, strides, padding):
+    images = np.random.default_rng(0).normal(size=shape).astype(np.float32) - 5
+    np.testing.assert_array_equal(
+        layers.max_pool(jnp.asarray(images), window=window, strides=strides, padding=padding),
+        oracles.max_pool(images, window, strides=strides, padding=padding),
+    )
+
+
+def test_global_average_pool_sums_in_float32():
+    images = jnp.full((2, 64, 65, 3), 1.0078125, jnp.bfloat16)
+    pooled = layers.global_average_pool(images)
+    assert pooled.dtype == jnp.float32
+    np.testing.assert_allclose(pooled, oracles.global_average_pool(np.asarray(images)), rtol=1e-6)
+
+
+def variables_and_images():
+    """Of a ConvBlock of four features, its statistics those of no batch."""
+    rng = np.random.default_rng(0)
+    images = rng.normal(size=(4, 6, 6, 3)).astype(np.float32)
+    kernel, bias = rng.normal(size=(3, 3, 3, 4)).astype(np.float32), np.ones(4, np.float32)
+    params = {"conv": {"kernel": kernel, "bias": bias}, "norm": {"scale": bias, "bias": bias}}
+    return {"params": params, "batch_stats": {"norm": {"mean": bias, "var": 2 * bias}}}, images
+
+
+def test_bias_before_batch_norm_has_no_gradient():
+    variables, images = variables_and_images()
+    weights = np.random.default_rng(1).normal(size=(4, 6, 6, 4)).astype(np.float32)
+
+    @functools.partial(jax.jit, static_argnames="train")
+    @jax.grad
+    def gradient(params, train):
+        output, _ = ConvBlock(4).apply(
+            variables | {"params": params}, images, train=train, mutable=["batch_stats"]
+        )
+        return jnp.vdot(weights, output)
+
+    training = gradient(variables["params"], train=True)["conv"]
+    assert jnp.abs(training["bias"]).max() < 1e-5 * jnp.abs(training["kernel"]).max()
+    assert jnp.abs(gradient(variables["params"], train=False)["conv"]["bias"]).min() > 0.1
+
+
+def test_bias_before_batch_norm_folds_into_the_running_mean():
+    variables, images = variables_and_images()
+    params, statistics = variables["params"], variables["batch_stats"]["norm"]
+    bias = np.array([1.0, -2.0, 0.5, 3.0], np.float32)
+    biased = {"kernel": params["conv"]["kernel"], "bias": bias}
+    folded = {"kernel": params["conv"]["kernel"]}
+    np.testing.assert_allclose(
+        ConvBlock(4).apply(variables | {"params": params | {"conv": biased}}, images, train=False),
+        ConvBlock(4, use_bias=False).apply(
+            {
+                "params": params | {"conv": folded},
+                "batch_stats": {"norm": statistics | {"mean": statistics["mean"] - bias}},
+            },
+            images,
+            train=False,
+        ),
+        atol=1e-5,
+    )
+
+
+def test_bfloat16_is_for_the_computation_only():
+    block = ConvBlock(4, dtype=jnp.bfloat16)
+    variables, images = variables_and_images()
+    made = jax.eval_shape(lambda: block.init(jax.random.key(0), images, train=True))
+    output, updated = jax.eval_shape(
+        lambda: block.apply(variables, images, train=True, mutable=["batch_stats"])
+    )
+    assert output.dtype == jnp.bfloat16
+    assert {leaf.dtype for leaf in jax.tree.leaves((made, updated))} == {jnp.dtype("float32")}
+
+
+def test_train_has_to_be_said():
+    variables, images = variables_and_images()
+    with pytest.raises(TypeError, match="train"):
+        ConvBlock(4).apply(variables, images)

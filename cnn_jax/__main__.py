@@ -10,7 +10,7 @@ import sys
 import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from cnn_jax import __version__
 from cnn_jax.errors import UserError, nearest
@@ -41,6 +41,16 @@ examples:
 configs/default.py explains every KEY. Exit code: 0 when done, 2 for a mistake
 in the command or the configuration, 1 for anything else that stopped it.
 """
+
+
+def run(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Ends the process with the exit code of `main`."""
+    code = main(arguments)
+    if code > 128:  # stopped by a signal: a compiler in another thread would hold up Python's exit
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -95,7 +105,7 @@ def _parser() -> argparse.ArgumentParser:
         type=_existing_file,
         help="Python file with get_config(), such as configs/quickstart.py",
     )
-    # Taken out before argparse sees it; here for the help, and to be suggested for a misspelt flag.
+    # For the help alone: `_split_overrides` takes them out, as only the config knows their names.
     train.add_argument(
         "--config.KEY", metavar="VALUE", help="override a key of FILE; any number of times"
     )
@@ -231,4 +241,4 @@ def _located(error: Exception, path: Path) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

@@ -124,6 +124,23 @@ def test_mistakes_of_file_and_flags_are_reported_together(tmp_path, trained, cap
     )
 
 
+@pytest.mark.parametrize("place", ["beside the file", "in the working directory"])
+def test_configs_import_each_other_anywhere(place, tmp_path, trained, monkeypatch):
+    name = f"base_{place.split()[0]}"
+    folder = tmp_path / "configs"
+    folder.mkdir()
+    (folder / f"{name}.py").write_text("from configs.quickstart import get_config\n")
+    if place == "in the working directory":
+        monkeypatch.chdir(tmp_path)
+        folder = tmp_path / "elsewhere"
+        folder.mkdir()
+    (folder / "mine.py").write_text(f"from configs.{name} import get_config\n")
+    search = list(sys.path)
+    assert main(["train", "--config", str(folder / "mine.py")]) == 0
+    assert trained[0][1] == os.path.join("runs", "mine")
+    assert sys.path == search
+
+
 RAISING = {
     "unknown section": (
         "config.optimzer.name = 1",

@@ -96,7 +96,7 @@ def _slice(info: DatasetInfo, name: str, split: str) -> range:
     whole = tfds.core.SplitInfo(name=name, shard_lengths=[info.splits[name]], num_bytes=0)
     try:
         (part,) = tfds.core.ReadInstruction.from_spec(split).to_absolute({name: whole})
-    except (ValueError, AssertionError, KeyError) as error:
+    except (ValueError, AssertionError) as error:
         raise UserError(
             f"{split!r} is not one slice, such as {name}[:1000] or {name}[10%:20%], of the "
             f"{info.splits[name]} examples of {info.name}"

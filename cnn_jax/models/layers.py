@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, TypeAlias
+from typing import Any, TypeAlias
 
 import flax.linen as nn
 import jax
@@ -23,15 +23,8 @@ torch_linear = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 """U(-1/sqrt(fan_in), 1/sqrt(fan_in)): the default of `torch.nn.Linear`'s weight."""
 
 
-class Norm(Protocol):
-    """Makes the normalisation that stands behind a convolution.
-
-    It is called as `norm(train=..., dtype=..., name=...)` and returns a module of one argument.
-    """
-
-    def __call__(
-        self, *, train: bool, dtype: Any, name: str
-    ) -> Callable[[jax.Array], jax.Array]: ...
+Norm: TypeAlias = Callable[..., Callable[[jax.Array], jax.Array]]
+"""Makes the normalisation behind a convolution: `norm(train=..., dtype=..., name=...)(x)`."""
 
 
 def batch_norm(*, train: bool, dtype: Any, name: str) -> nn.BatchNorm:

@@ -118,6 +118,12 @@ class ModernCNN(nn.Module):
         one_of("block", self.block, BLOCKS)
         one_of("variant", self.variant, VARIANTS)
         one_of("norm", self.norm, tuple(NORMS))
+        if self.width < 1:
+            raise ValueError(f"width={self.width}: must be >= 1")
+        if not self.stage_sizes or min(self.stage_sizes) < 1:
+            raise ValueError(
+                f"stage_sizes={self.stage_sizes}: must be one or more numbers of blocks, each >= 1"
+            )
         if images.ndim != 4 or min(images.shape[1:3]) < self.total_stride:
             raise ValueError(
                 f"images of shape {tuple(images.shape)}: must be [batch, height, width, channels] "

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, Key
 
-from cnn_jax.typing import FeatureMap, Images, RawImages
+from cnn_jax.typing import Images, RawImages
 
 Keys: TypeAlias = Key[Array, " b"]
 Augment: TypeAlias = Callable[[Images, Keys], Images]
@@ -56,8 +56,9 @@ def make_augment(*, crop_padding: int = 0, flip: bool = False) -> Augment:
 
 def normalize(
     images: RawImages, *, mean: Sequence[float], std: Sequence[float], dtype: jnp.dtype
-) -> FeatureMap:
+) -> Images:
     """Returns `(images / 255 - mean) / std` by channel, computed in float32, as `dtype`."""
-    scale = 1 / (255 * jnp.asarray(std, jnp.float32))
-    offset = jnp.asarray(mean, jnp.float32) / jnp.asarray(std, jnp.float32)
-    return (images.astype(jnp.float32) * scale - offset).astype(dtype)
+    by_channel = (1, 1, 1, -1)
+    scale = jnp.asarray([1 / (255 * s) for s in std], jnp.float32).reshape(by_channel)
+    offset = jnp.asarray([m / s for m, s in zip(mean, std, strict=True)], jnp.float32)
+    return (images.astype(jnp.float32) * scale - offset.reshape(by_channel)).astype(dtype)

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import TypeAlias
 
+import jax
 import jax.numpy as jnp
 import optax
 
@@ -17,8 +18,5 @@ def cross_entropy(logits: Logits, labels: Labels, *, label_smoothing: float = 0.
     `q` is `1 - label_smoothing` on the label plus `label_smoothing / K` on each of the K classes
     (Szegedy et al. 2015, arXiv:1512.00567), torch's `CrossEntropyLoss(label_smoothing=...)`.
     """
-    targets = optax.smooth_labels(
-        jnp.equal(labels[:, None], jnp.arange(logits.shape[-1])).astype(jnp.float32),
-        label_smoothing,
-    )
+    targets = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1]), label_smoothing)
     return optax.softmax_cross_entropy(logits.astype(jnp.float32), targets)

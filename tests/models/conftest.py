@@ -6,6 +6,14 @@ import numpy as np
 import pytest
 
 
+@pytest.fixture(autouse=True)
+def compile_quickly():
+    """These programs run once each: most of the time would go into optimising them."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 def draw(shapes, rng):
     """Random float64 variables of those shapes: none is zero, one or symmetric by accident."""
 

@@ -1,0 +1,68 @@
+"""One prepared data set, one compilation cache and one uninterrupted run for all tests here."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from driver import Trainer
+
+
+@pytest.fixture(scope="session")
+def trainer(tmp_path_factory):
+    """Starts training processes with one device each; those still alive are killed at the end."""
+    folder = tmp_path_factory.mktemp("trainer")
+    environment = {
+        "JAX_NUM_CPU_DEVICES": "1",
+        "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    trainer = Trainer(environment, data_dir=folder / "data")
+    yield trainer
+    trainer.kill_all()
+
+
+@pytest.fixture(scope="session")
+def reference(trainer, tmp_path_factory) -> Path:
+    """The directory of a run that nothing has disturbed; not to be written to."""
+    workdir = tmp_path_factory.mktemp("reference") / "run"
+    code, output = trainer.run(workdir)
+    assert code == 0, output
+    return workdir
+
+
+@pytest.fixture(scope="session")
+def killed_run(trainer, reference, tmp_path_factory) -> Path:
+    """The directory of a run killed in its second epoch; not to be written to."""
+    workdir = tmp_path_factory.mktemp("killed") / "run"
+    child = trainer.start(workdir)
+    child.wait_for("step 14/24")
+    child.kill()
+    return workdir
+
+
+@pytest.fixture
+def complete(reference, tmp_path) -> Path:
+    """A copy of the whole run."""
+    return shutil.copytree(reference, tmp_path / "complete")
+
+
+@pytest.fixture
+def killed(killed_run, tmp_path) -> Path:
+    """A copy of the killed run."""
+    return shutil.copytree(killed_run, tmp_path / "killed")
+
+
+@pytest.fixture
+def train_here(trainer, capsys, monkeypatch):
+    """Returns a function that types the same command in this process: (exit code, output)."""
+    from driver import ROOT
+
+    from cnn_jax.__main__ import main
+
+    def run(workdir: Path, *flags: str) -> tuple[int, str]:
+        monkeypatch.chdir(ROOT)
+        code = main(["train", *trainer.flags, f"--workdir={workdir}", *flags])
+        streams = capsys.readouterr()
+        return code, streams.out + streams.err
+
+    return run

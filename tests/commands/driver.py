@@ -1,0 +1,157 @@
+"""Training in real processes: started, watched, stopped at a chosen moment, and read back."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+ROOT = Path(__file__).parents[2]
+TOTAL_STEPS = 24
+FLAGS = (
+    "--config=configs/quickstart.py",
+    "--config.num_epochs=3",
+    "--config.batch_size=64",
+    "--config.model.width=4",
+    "--config.model.stage_sizes=1,",
+    "--config.data.train_split=train[:512]",
+    "--config.data.test_split=test[:300]",
+    "--config.eval.batch_size=8",
+    "--config.checkpoint.every_steps=3",
+    "--config.log.every_steps=2",
+)
+"""Three epochs of 8 steps; evaluated in 38 batches, the last one half full; saved every 3 steps."""
+
+HANG = 300
+"""Seconds after which a process that should have ended or spoken is taken to hang."""
+
+
+class Child:
+    """A process whose lines, standard error among them, are read as they come."""
+
+    def __init__(self, command: Sequence[str], **options: Any) -> None:
+        self.lines: list[str] = []
+        self._process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            **options,
+        )
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    @property
+    def output(self) -> str:
+        return "\n".join(self.lines)
+
+    def says(self, text: str) -> bool:
+        return any(text in line for line in list(self.lines))
+
+    def wait_for(self, seen: str | Callable[[], bool]) -> None:
+        """Returns once the text is said or the condition holds; the end of the process fails."""
+        holds = (lambda: self.says(seen)) if isinstance(seen, str) else seen
+        deadline = time.monotonic() + HANG
+        while not holds():
+            running = self._process.poll() is None and time.monotonic() < deadline
+            assert running or holds(), f"never seen: {seen}\n{self.output}"
+            time.sleep(0.001)
+
+    def send(self, signum: int) -> None:
+        self._process.send_signal(signum)
+
+    def end(self) -> int:
+        """Returns the exit code when the process has ended, as a shell would give it."""
+        code = self._process.wait(HANG)
+        self._reader.join(HANG)
+        return code if code >= 0 else 128 - code
+
+    def kill(self) -> None:
+        """Ends the process as a power cut would."""
+        self.send(signal.SIGKILL)
+        self.end()
+        assert self._process.stdout is not None
+        self._process.stdout.close()
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            self.lines.append(line.rstrip("\n"))
+
+
+class Trainer:
+    """Starts `python train.py` on the same small task, any number of times."""
+
+    def __init__(self, environment: Mapping[str, str], data_dir: Path) -> None:
+        self.flags = [*FLAGS, f"--config.data.data_dir={data_dir}"]
+        self._environment = os.environ | environment
+        self._children: list[Child] = []
+
+    def start(
+        self, workdir: Path, *flags: str, environment: Mapping[str, str] | None = None, **options: Any
+    ) -> Child:
+        command = [sys.executable, "train.py", *self.flags, f"--workdir={workdir}", *flags]
+        child = Child(command, env=self._environment | (environment or {}), **options)
+        self._children.append(child)
+        return child
+
+    def run(self, workdir: Path, *flags: str, **options: Any) -> tuple[int, str]:
+        """Returns the exit code and the output of a process that is left alone."""
+        child = self.start(workdir, *flags, **options)
+        return child.end(), child.output
+
+    def kill_all(self) -> None:
+        for child in self._children:
+            child.kill()
+
+
+def saved_steps(workdir: Path) -> list[int]:
+    names = [path.name for path in (workdir / "checkpoints").glob("*")]
+    return sorted(int(name) for name in names if name.isdigit())
+
+
+def read_state(checkpoint: Path) -> dict[str, np.ndarray]:
+    """Returns every array of a checkpoint by its path in the tree, without the code under test."""
+    with ocp.PyTreeCheckpointer() as reader:
+        tree = reader.metadata(checkpoint / "state").item_metadata.tree
+        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+        state = reader.restore(checkpoint / "state", restore_args=as_numpy)
+    return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.leaves_with_path(state)}
+
+
+def read_metrics(workdir: Path) -> list[dict[str, float]]:
+    """Returns the rows of a run that no clock decides."""
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    return [{k: v for k, v in row.items() if k != "images_per_second"} for row in rows]
+
+
+def files_of(directory: Path) -> dict[str, bytes]:
+    """Returns the content of every file below, by its path."""
+    paths = (path for path in directory.rglob("*") if path.is_file())
+    return {str(path.relative_to(directory)): path.read_bytes() for path in paths}
+
+
+def assert_same_weights(workdir: Path, reference: Path, step: int = TOTAL_STEPS) -> None:
+    """Asserts that two runs have saved the same state at `step`, bit for bit."""
+    ours, theirs = (read_state(each / "checkpoints" / str(step)) for each in (workdir, reference))
+    assert ours.keys() == theirs.keys()
+    assert {name.split("'")[1] for name in ours} == {"step", "params", "batch_stats", "opt_state"}
+    for name, array in ours.items():
+        assert array.tobytes() == theirs[name].tobytes(), name
+
+
+def assert_same_run(workdir: Path, reference: Path) -> None:
+    """Asserts that two whole runs have the same weights and have told the same story."""
+    assert_same_weights(workdir, reference)
+    assert read_metrics(workdir) == read_metrics(reference)

@@ -1,0 +1,11 @@
+"""Strict settings for every test: 8 virtual devices, checked shapes, no silent broadcasting."""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_NUM_CPU_DEVICES"] = "8"
+os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
+
+from jaxtyping import install_import_hook
+
+install_import_hook(["cnn_jax.models", "cnn_jax.training"], "beartype.beartype")

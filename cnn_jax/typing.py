@@ -1,7 +1,7 @@
 """The vocabulary of shapes: `b` images, `h` by `w` pixels, `c` channels, `k` classes."""
 
 from collections.abc import Mapping
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import jax
 import numpy as np

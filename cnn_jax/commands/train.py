@@ -21,7 +21,7 @@ from cnn_jax.runtime.files import write_atomically
 from cnn_jax.runtime.platform import Interrupted, StopSignals, versions
 from cnn_jax.runtime.report import Clock, MetricsLog, Progress, duration, plot_curves
 from cnn_jax.runtime.sharding import batch_sharding, to_devices
-from cnn_jax.runtime.workdir import claim
+from cnn_jax.runtime.workdir import claim, read_config, write_config
 from cnn_jax.training.metrics import mean
 from cnn_jax.training.state import TrainState, all_finite
 from cnn_jax.typing import Metrics
@@ -52,12 +52,30 @@ def train(
         print("dry run: the configuration is good; nothing was trained or written")
         return 0
     directory = Path(workdir)
+    try:
+        with StopSignals() as stop, claim(directory):
+            return _train_in(directory, plan, stop, accept_config_changes)
+    except OSError as error:
+        raise UserError(
+            f"{error.filename or directory}: {error.strerror}. Make room or choose another "
+            "--workdir, and start the same command again"
+        ) from error
+
+
+def _train_in(directory: Path, plan: Plan, stop: StopSignals, accept_config_changes: bool) -> int:
+    config = plan.config.as_dict()
+    before = read_config(directory)
+    changes = differences(before, config) if before else []
+    if changes and not accept_config_changes:
+        raise UserError(
+            f"{directory} holds a run with another configuration:\n  "
+            + "\n  ".join(changes)
+            + "\nChoose another --workdir, or go on with the new values: --accept-config-changes"
+        )
     with contextlib.ExitStack() as stack:
-        stop = stack.enter_context(StopSignals())
-        stack.enter_context(claim(directory, config.as_dict(), differences, accept_config_changes))
         checkpoints = stack.enter_context(
             contextlib.closing(
-                Checkpoints(directory / "checkpoints", keep=config.checkpoint.keep, log=_say)
+                Checkpoints(directory / "checkpoints", keep=plan.config.checkpoint.keep, log=_say)
             )
         )
         step = checkpoints.latest_step() or 0
@@ -71,6 +89,8 @@ def train(
         except Interrupted as interrupted:
             _say(f"stopped before training began; {directory} is as it was")
             return 128 + interrupted.signum
+        if config != before:
+            write_config(directory, config)
         return training.run()
 
 

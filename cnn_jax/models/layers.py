@@ -27,6 +27,10 @@ Norm: TypeAlias = Callable[..., Callable[[jax.Array], jax.Array]]
 """Makes the normalisation behind a convolution: `norm(train=..., dtype=..., name=...)(x)`."""
 
 
+GROUP_SIZE = 16
+"""Channels that GroupNorm normalises together."""
+
+
 def batch_norm(*, train: bool, dtype: Any, name: str) -> nn.BatchNorm:
     """Returns BatchNorm (arXiv:1502.03167) with torch's epsilon and momentum.
 
@@ -39,10 +43,10 @@ def batch_norm(*, train: bool, dtype: Any, name: str) -> nn.BatchNorm:
     )
 
 
-def group_norm(*, train: bool, dtype: Any, name: str, group_size: int = 16) -> nn.GroupNorm:
-    """Returns GroupNorm (arXiv:1803.08494), 16 channels a group: the same in training and after."""
+def group_norm(*, train: bool, dtype: Any, name: str) -> nn.GroupNorm:
+    """Returns GroupNorm (arXiv:1803.08494), 16 channels a group, for any number of images."""
     return nn.GroupNorm(
-        num_groups=None, group_size=group_size, epsilon=1e-5, dtype=dtype, name=name
+        num_groups=None, group_size=GROUP_SIZE, epsilon=1e-5, dtype=dtype, name=name
     )
 
 
@@ -56,10 +60,10 @@ NORMS: dict[str, Norm] = {"batch": batch_norm, "group": group_norm, "none": no_n
 
 def pair(size: Size) -> tuple[int, int]:
     """Returns (height, width) from one number for both, or from the two."""
-    if isinstance(size, int):
-        return size, size
-    height, width = size
-    return height, width
+    sizes = (size, size) if isinstance(size, int) else tuple(size)
+    if len(sizes) != 2:
+        raise ValueError(f"{size!r}: must be one number of pixels or (height, width)")
+    return sizes
 
 
 def symmetric(padding: Size) -> list[tuple[int, int]]:
@@ -108,6 +112,11 @@ class ConvBlock(nn.Module):
             dtype=self.dtype,
             name="conv",
         )(x)
+        if 0 in x.shape:
+            raise ValueError(
+                f"features={self.features}, kernel_size={self.kernel_size}, "
+                f"padding={self.padding}: must leave an output of at least one pixel and channel"
+            )
         x = self.norm(train=train, dtype=self.dtype, name="norm")(x)
         return x if self.act is None else self.act(x)
 

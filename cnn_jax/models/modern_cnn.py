@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from cnn_jax.models.blocks import BottleneckBlock, ResidualBlock, projection
 from cnn_jax.models.layers import (
+    GROUP_SIZE,
     NORMS,
     ConvBlock,
     global_average_pool,
@@ -120,6 +121,10 @@ class ModernCNN(nn.Module):
         one_of("norm", self.norm, tuple(NORMS))
         if self.width < 1:
             raise ValueError(f"width={self.width}: must be >= 1")
+        if self.norm == "group" and self.width % GROUP_SIZE:
+            raise ValueError(
+                f"width={self.width}: must be a multiple of {GROUP_SIZE} with norm='group'"
+            )
         if not self.stage_sizes or min(self.stage_sizes) < 1:
             raise ValueError(
                 f"stage_sizes={self.stage_sizes}: must be one or more numbers of blocks, each >= 1"

@@ -136,7 +136,8 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits and frees orbax's threads."""
-        self._manager.close()
+        with self._clear_errors():
+            self._manager.close()
 
     def _write_manifest(self) -> None:
         # orbax calls this before it renames the directory, so the manifest is part of the commit.

@@ -25,8 +25,8 @@ def describe_devices() -> str:
     return f"{jax.device_count()} x {kind} ({jax.default_backend()}), jax {jax.__version__}"
 
 
-class Interrupted(Exception):  # noqa: N818 - it is no error
-    """The run was asked to stop by a signal."""
+class Interrupted(BaseException):
+    """The run was asked to stop by a signal; no error, so `except Exception` lets it pass."""
 
     def __init__(self, signum: int) -> None:
         super().__init__(signal.Signals(signum).name)
@@ -37,8 +37,8 @@ class StopSignals:
     """Turns SIGINT and SIGTERM into a wish to stop, while it is entered.
 
     Until `defer` is called a signal raises `Interrupted` at once: there is nothing to save yet.
-    Afterwards the first signal is kept for `check`, so that a step or a save is never torn; the
-    second raises `Interrupted` wherever the program is.
+    Afterwards it is kept for `check`, so that a step or a save is never torn. A second signal
+    raises KeyboardInterrupt wherever the program is.
     """
 
     def __init__(self) -> None:
@@ -61,7 +61,7 @@ class StopSignals:
             signal.signal(signum, handler)  # pyright: ignore[reportArgumentType]
 
     def defer(self) -> None:
-        """From now on, keeps the first signal for `check`."""
+        """From now on, keeps a signal for `check`."""
         self._deferring = True
 
     def check(self) -> None:
@@ -70,7 +70,8 @@ class StopSignals:
             raise Interrupted(self.received)
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
-        first = self.received is None
+        if self.received is not None:
+            raise KeyboardInterrupt
         self.received = signum
-        if not (self._deferring and first):
+        if not self._deferring:
             raise Interrupted(signum)

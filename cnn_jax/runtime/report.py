@@ -1,6 +1,7 @@
 """What a run tells: lines and a bar for people, JSON lines and TensorBoard for programs."""
 
 import contextlib
+import functools
 import json
 import os
 import sys
@@ -9,6 +10,8 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
+
+from cnn_jax.runtime.files import write_atomically
 
 Row = Mapping[str, float]
 
@@ -56,17 +59,20 @@ class MetricsLog:
         Rows behind that step are dropped, and so is a last line torn by a kill: the run is about
         to write them again.
         """
+        path = directory / "metrics.jsonl"
+        self.rows: list[Row] = [row for row in read_rows(path) if row["step"] <= resume_step]
+        kept = "".join(json.dumps(row) + "\n" for row in self.rows)
+        if path.exists() and path.read_text() != kept:
+            write_atomically(path, kept)
+        self._file = path.open("a")
+        self._directory = directory
+        self._resume_step = resume_step
+
+    @functools.cached_property
+    def _events(self) -> Any:
         from tensorboardX import SummaryWriter
 
-        self._path = directory / "metrics.jsonl"
-        self.rows: list[Row] = [row for row in read_rows(self._path) if row["step"] <= resume_step]
-        temporary = self._path.with_name(self._path.name + ".tmp")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
-        temporary.replace(self._path)
-        self._file = self._path.open("a")
-        self._events = SummaryWriter(
-            str(directory / "tensorboard"), purge_step=resume_step + 1, write_to_disk=True
-        )
+        return SummaryWriter(str(self._directory / "tensorboard"), purge_step=self._resume_step + 1)
 
     def write(self, step: int, values: Row) -> None:
         """Adds one row; it is on its way to the disk when this returns."""
@@ -84,7 +90,8 @@ class MetricsLog:
 
     def close(self) -> None:
         self._file.close()
-        self._events.close()
+        if "_events" in self.__dict__:
+            self._events.close()
 
 
 def read_rows(path: Path) -> list[dict[str, float]]:

@@ -2,7 +2,7 @@
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +11,14 @@ from filelock import FileLock, Timeout
 from cnn_jax.errors import UserError
 from cnn_jax.runtime.files import write_atomically
 
+CONFIG = "config.json"
+
 
 @contextlib.contextmanager
-def claim(
-    directory: Path,
-    config: Mapping[str, Any],
-    differences: Callable[[Mapping[str, Any], Mapping[str, Any]], list[str]],
-    accept_changes: bool,
-) -> Iterator[None]:
-    """Holds the directory for this process, and keeps `config` in its `config.json`.
+def claim(directory: Path) -> Iterator[None]:
+    """Makes the directory and holds it for this process.
 
-    Raises UserError where it cannot be written, another process holds it, or the run was started
-    with another configuration and `accept_changes` is not set.
+    Raises UserError where it cannot be written, or another process holds it.
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -38,17 +34,17 @@ def claim(
             f"cannot write to {directory}: {error.strerror}. Choose another --workdir"
         ) from error
     try:
-        path = directory / "config.json"
-        changes = differences(json.loads(path.read_text()), config) if path.exists() else []
-        if changes and not accept_changes:
-            raise UserError(
-                f"{directory} holds a run with another configuration:\n  "
-                + "\n  ".join(changes)
-                + "\nChoose another --workdir, or go on with the new values: "
-                "--accept-config-changes"
-            )
-        if changes or not path.exists():
-            write_atomically(path, json.dumps(config, indent=2) + "\n")
         yield
     finally:
         lock.release()
+
+
+def read_config(directory: Path) -> dict[str, Any] | None:
+    """Returns the configuration that the run in `directory` was started with, if there is one."""
+    path = directory / CONFIG
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def write_config(directory: Path, config: Mapping[str, Any]) -> None:
+    """Keeps the configuration of the run in its directory."""
+    write_atomically(directory / CONFIG, json.dumps(config, indent=2) + "\n")

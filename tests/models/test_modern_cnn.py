@@ -207,6 +207,19 @@ def test_unknown_names_are_refused_with_the_known_ones(argument):
 
 
 @pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"stage_sizes": ()}, r"stage_sizes=\(\): must be .* >= 1"),
+        ({"stage_sizes": (1, 0)}, r"stage_sizes=\(1, 0\): must be .* >= 1"),
+        ({"width": 0}, "width=0: must be >= 1"),
+    ],
+)
+def test_networks_without_blocks_or_channels_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        abstract_variables(ModernCNN(**arguments), (1, 64, 64, 3))
+
+
+@pytest.mark.parametrize(
     ("arguments", "shape", "least"),
     [
         ({}, (1, 16, 16, 3), 32),

@@ -62,9 +62,7 @@ def test_shard_state_divides_the_longest_axis_that_fsdp_divides(fsdp, column):
     mesh = make_mesh(fsdp=fsdp)
     arrays = [np.arange(np.prod(shape, dtype=int)).reshape(shape) for shape in SHAPES]
     abstract = [jax.ShapeDtypeStruct(array.shape, jnp.int32) for array in arrays]
-    for array, leaf, axes in zip(
-        arrays, shard_state(mesh, abstract), SHAPES.values(), strict=True
-    ):
+    for array, leaf, axes in zip(arrays, shard_state(mesh, abstract), SHAPES.values(), strict=True):
         part = list(array.shape)
         if axes[column] is not None:
             part[axes[column]] //= fsdp

@@ -1,5 +1,7 @@
 """Optimisers against PyTorch's update rules in float64 NumPy, schedules against closed forms."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -74,11 +76,12 @@ def test_ten_steps_equal_torch_s_under_a_varying_rate(name, rule, arguments, wei
         updates, state = tx.update(gradients, state, params)
         return optax.apply_updates(params, updates), state
 
-    params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), params)
-    state = tx.init(params)
-    for gradient in gradients:
-        params, state = update(params, state, gradient)
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=5e-6), params, expected)
+    with jax.enable_x64(True):
+        params = jax.tree.map(jnp.asarray, params)
+        state = tx.init(params)
+        for gradient in gradients:
+            params, state = update(params, state, gradient)
+        jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6), params, expected)
 
 
 @pytest.mark.parametrize("norm", ["batch", "group", "none"])
@@ -105,7 +108,15 @@ PEAK = 0.4
     [
         (
             {"name": "cosine", "total_steps": 100, "warmup_steps": 20},
-            {0: 0, 1: PEAK / 20, 10: PEAK / 2, 20: PEAK, 40: PEAK * (1 + 0.5**0.5) / 2, 60: PEAK / 2, 100: 0},
+            {
+                0: 0,
+                1: PEAK / 20,
+                10: PEAK / 2,
+                20: PEAK,
+                40: PEAK * (1 + 0.5**0.5) / 2,
+                60: PEAK / 2,
+                100: 0,
+            },
         ),
         (
             {"name": "cosine", "total_steps": 100, "warmup_steps": 20, "end_factor": 0.1},

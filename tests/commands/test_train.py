@@ -1,0 +1,132 @@
+"""A whole run in this process, on 8 devices: what is compiled, measured and written."""
+
+import logging
+import re
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from driver import ROOT, TOTAL_STEPS, read_metrics, read_state, saved_steps
+from PIL import Image
+
+from cnn_jax.__main__ import main
+from cnn_jax.data.sources import open_source
+from cnn_jax.models import create_model
+
+
+@pytest.fixture(scope="module")
+def watched_run(trainer, reference, tmp_path_factory):
+    """Returns the directory of a whole run and the names of the programs that it compiled."""
+    workdir = tmp_path_factory.mktemp("watched") / "run"
+    compiled: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: compiled.extend(
+        re.findall(r"^Finished XLA compilation of jit\((\w+)\)", record.getMessage())
+    )
+    logger = logging.getLogger("jax._src.dispatch")
+    logger.addHandler(handler)
+    try:
+        with pytest.MonkeyPatch.context() as patch, jax.log_compiles():
+            patch.chdir(ROOT)
+            patch.setattr(logger, "propagate", False)
+            jax.config.update("jax_transfer_guard", "disallow")
+            assert main(["train", *trainer.flags, f"--workdir={workdir}"]) == 0
+    finally:
+        jax.config.update("jax_transfer_guard", None)
+        logger.removeHandler(handler)
+    return workdir, compiled
+
+
+@pytest.mark.slow
+def test_every_program_is_compiled_once(watched_run):
+    _, compiled = watched_run
+    assert compiled.count("step") == 2, "the training step and the evaluation step"
+    assert compiled.count("all_finite") == 1
+
+
+@pytest.mark.slow
+def test_eight_devices_and_one_tell_the_same(watched_run, reference):
+    workdir, _ = watched_run
+    for row, expected in zip(read_metrics(workdir), read_metrics(reference), strict=True):
+        assert row == pytest.approx(expected, rel=2e-4, abs=1e-9)
+    ours, theirs = (
+        read_state(path / "checkpoints" / str(TOTAL_STEPS)) for path in (workdir, reference)
+    )
+    assert ours.keys() == theirs.keys()
+    for name, array in ours.items():
+        np.testing.assert_allclose(array, theirs[name], rtol=1e-3, atol=1e-4, err_msg=name)
+
+
+def test_rows_have_the_documented_keys(reference):
+    rows = read_metrics(reference)
+    tested = [row for row in rows if "test/loss" in row]
+    assert [row["step"] for row in tested] == [8, 16, 24]
+    assert [row["epoch"] for row in tested] == [1.0, 2.0, 3.0]
+    for row in tested:
+        assert set(row) == {"step", "epoch", "test/loss", "test/accuracy"}
+        assert 0 <= row["test/accuracy"] <= 1
+    trained = [row for row in rows if row not in tested]
+    reported = {step for step in range(1, 25) if step % 2 == 0 or step % 3 == 0 or step % 8 == 0}
+    assert [row["step"] for row in trained] == sorted(reported)
+    for row in trained:
+        assert {"step", "epoch", "train/loss", "train/accuracy", "learning_rate"} <= set(row)
+        assert row["epoch"] == row["step"] / 8
+        assert 0 <= row["train/accuracy"] <= 1
+
+
+def test_accuracy_is_a_count_over_every_test_image(trainer, reference):
+    state = read_state(reference / "checkpoints" / str(TOTAL_STEPS))
+    variables: dict = {}
+    for path, array in state.items():
+        names = re.findall(r"'(\w+)'", path)
+        if names[0] in ("params", "batch_stats"):
+            section = variables
+            for name in names[:-1]:
+                section = section.setdefault(name, {})
+            section[names[-1]] = array
+    model = create_model(
+        "modern_cnn", num_classes=10, stage_sizes=(1,), width=4, stem="small", block="residual"
+    )
+    (data_dir,) = (flag.partition("=")[2] for flag in trainer.flags if "data_dir" in flag)
+    test = open_source("fashion_mnist_10k", "test[:300]", data_dir=data_dir).batch(np.arange(300))
+    images = ((test["image"] / 255 - 0.2860) / 0.3530).astype(np.float32)
+    logits = np.asarray(model.apply(variables, images, train=False), np.float64)
+    losses = np.log(np.exp(logits).sum(axis=1)) - logits[np.arange(300), test["label"]]
+
+    final = read_metrics(reference)[-1]
+    assert final["test/accuracy"] == (logits.argmax(axis=1) == test["label"]).sum() / 300
+    assert final["test/loss"] == pytest.approx(losses.mean(), rel=1e-5)
+
+
+def test_the_newest_and_the_best_checkpoint_are_kept(reference):
+    tested = {row["step"]: row["test/accuracy"] for row in read_metrics(reference)[-18:] if "test/accuracy" in row}
+    best = max(tested.values())
+    kept = saved_steps(reference)
+    assert kept[-2:] == [21, 24]
+    assert any(tested.get(step) == best for step in kept)
+    assert len(kept) <= 3
+
+
+def test_the_curves_are_drawn(reference):
+    with Image.open(reference / "curves.png") as image:
+        assert image.format == "PNG"
+        colours = {tuple(c) for c in np.asarray(image.convert("RGB")).reshape(-1, 3).tolist()}
+    assert {(31, 119, 180), (255, 127, 14)} <= colours, "matplotlib's first two line colours"
+
+
+def test_a_dry_run_prints_the_plan_and_writes_nothing(train_here, tmp_path):
+    code, output = train_here(tmp_path / "run", "--dry-run")
+    assert code == 0
+    assert "398 parameters" in output
+    assert "512 train and 300 test images" in output
+    assert "24 of 64 images: 3 epochs, seed 0" in output
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_summary_names_what_is_written(trainer, complete):
+    _, output = trainer.run(complete)
+    assert f"written to {complete}" in output
+    for name in ("metrics.jsonl", "summary.json", "curves.png", "tensorboard", "checkpoints"):
+        assert name in output
+        assert (Path(complete) / name).exists()

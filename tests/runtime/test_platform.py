@@ -1,0 +1,55 @@
+"""Signals, and what is said of the machine."""
+
+import os
+import signal
+
+import pytest
+
+from cnn_jax.runtime.platform import Interrupted, StopSignals, describe_devices, versions
+
+SIGNALS = [signal.SIGINT, signal.SIGTERM]
+
+
+def send(signum):
+    os.kill(os.getpid(), signum)
+
+
+@pytest.mark.parametrize("signum", SIGNALS)
+def test_before_anything_is_to_be_saved_a_signal_stops_at_once(signum):
+    with StopSignals(), pytest.raises(Interrupted, match=signum.name) as caught:
+        send(signum)
+    assert caught.value.signum == signum
+
+
+@pytest.mark.parametrize("signum", SIGNALS)
+def test_a_deferred_signal_waits_for_check(signum):
+    with StopSignals() as stop:
+        stop.defer()
+        stop.check()
+        send(signum)
+        with pytest.raises(Interrupted, match=signum.name):
+            stop.check()
+
+
+def test_the_second_signal_does_not_wait():
+    with StopSignals() as stop:
+        stop.defer()
+        send(signal.SIGTERM)
+        with pytest.raises(Interrupted, match="SIGINT"):
+            send(signal.SIGINT)
+
+
+def test_the_former_handlers_come_back():
+    before = [signal.getsignal(signum) for signum in SIGNALS]
+    with StopSignals():
+        assert all(
+            signal.getsignal(signum) != handler
+            for signum, handler in zip(SIGNALS, before, strict=True)
+        )
+    assert [signal.getsignal(signum) for signum in SIGNALS] == before
+
+
+def test_versions_and_devices_are_named():
+    found = versions()
+    assert {"python", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint"} <= found.keys()
+    assert describe_devices() == f"8 x cpu (cpu), jax {found['jax']}"

@@ -1,13 +1,11 @@
 """Residual blocks: `Y = act(F(X) + X)` (He et al. 2015, arXiv:1512.03385)."""
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
-import jax
 
-from cnn_jax.models.layers import ConvBlock, ModuleFactory, Norm, batch_norm
+from cnn_jax.models.layers import Activation, ConvBlock, ModuleFactory, Norm, batch_norm
 from cnn_jax.typing import FeatureMap
 
 projection = functools.partial(ConvBlock, kernel_size=1, padding=0, act=None)
@@ -49,7 +47,7 @@ class ResidualBlock(nn.Module):
     use_bias: bool = True
     conv: ModuleFactory = ConvBlock.conv
     norm: Norm = batch_norm
-    act: Callable[[jax.Array], jax.Array] = nn.relu
+    act: Activation = nn.relu
     dtype: Any = None
 
     @nn.compact
@@ -89,7 +87,7 @@ class BottleneckBlock(nn.Module):
     use_bias: bool = False
     conv: ModuleFactory = ConvBlock.conv
     norm: Norm = batch_norm
-    act: Callable[[jax.Array], jax.Array] = nn.relu
+    act: Activation = nn.relu
     dtype: Any = None
 
     @nn.compact

@@ -23,7 +23,10 @@ torch_linear = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 """U(-1/sqrt(fan_in), 1/sqrt(fan_in)): the default of `torch.nn.Linear`'s weight."""
 
 
-Norm: TypeAlias = Callable[..., Callable[[jax.Array], jax.Array]]
+Activation: TypeAlias = Callable[[Any], jax.Array]
+"""A function of each number, such as `nn.relu`."""
+
+Norm: TypeAlias = Callable[..., Callable[[Any], jax.Array]]
 """Makes the normalisation behind a convolution: `norm(train=..., dtype=..., name=...)(x)`."""
 
 
@@ -50,7 +53,7 @@ def group_norm(*, train: bool, dtype: Any, name: str) -> nn.GroupNorm:
     )
 
 
-def no_norm(*, train: bool, dtype: Any, name: str) -> Callable[[jax.Array], jax.Array]:
+def no_norm(*, train: bool, dtype: Any, name: str) -> Callable[[Any], jax.Array]:
     """Returns the identity."""
     return lambda x: x
 
@@ -97,7 +100,7 @@ class ConvBlock(nn.Module):
     use_bias: bool = True
     conv: ModuleFactory = functools.partial(nn.Conv, kernel_init=kaiming_normal_fan_out)
     norm: Norm = batch_norm
-    act: Callable[[jax.Array], jax.Array] | None = nn.relu
+    act: Activation | None = nn.relu
     dtype: Any = None
 
     @nn.compact
@@ -123,7 +126,8 @@ class ConvBlock(nn.Module):
 
 def max_pool(x: FeatureMap, *, window: Size, strides: Size, padding: Size = 0) -> FeatureMap:
     """Returns the largest value of each window; padding counts as minus infinity."""
-    return nn.max_pool(x, pair(window), strides=pair(strides), padding=symmetric(padding))
+    sides: Any = symmetric(padding)  # flax's annotation knows "SAME" and "VALID" only
+    return nn.max_pool(x, pair(window), strides=pair(strides), padding=sides)
 
 
 def global_average_pool(x: FeatureMap) -> jax.Array:

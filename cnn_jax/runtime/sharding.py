@@ -12,9 +12,7 @@ from cnn_jax.typing import Batch
 AXES = ("data", "fsdp")
 
 
-def make_mesh(
-    *, data: int = -1, fsdp: int = 1, devices: Sequence[jax.Device] | None = None
-) -> Mesh:
+def make_mesh(*, data: int = -1, fsdp: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
     """Returns a mesh of all devices with axes `data` and `fsdp`; one size may be -1, the rest.
 
     Raises ValueError where the sizes do not multiply to the number of devices.

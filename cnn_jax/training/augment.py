@@ -9,15 +9,15 @@ from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int, Key
+from jaxtyping import Array, Key
 
-from cnn_jax.typing import Images, RawImages
+from cnn_jax.typing import Images, Labels, RawImages
 
 Keys: TypeAlias = Key[Array, " b"]
 Augment: TypeAlias = Callable[[Images, Keys], Images]
 
 
-def example_keys(root: Key[Array, ""], epoch: Int[Array, " b"], index: Int[Array, " b"]) -> Keys:
+def example_keys(root: Key[Array, ""], epoch: Labels, index: Labels) -> Keys:
     """Returns one key an example, a function of the root key, its epoch and its number."""
     return jax.vmap(lambda e, i: jax.random.fold_in(jax.random.fold_in(root, e), i))(epoch, index)
 

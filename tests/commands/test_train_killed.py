@@ -97,12 +97,11 @@ def test_a_signal_saves_the_very_step_and_says_how_to_go_on(
     child.wait_for("step 4/24")
     child.send(signum)
     assert child.end() == code, child.output
-    (step,) = (int(line.split()[-5]) for line in [child.lines[-1].partition(";")[0]])
+    step = max(saved_steps(workdir))
     assert child.lines[-1] == (
         f"stopped by {signal.Signals(signum).name}: saved at step {step} of 24; "
         "the same command again goes on from there"
     )
-    assert max(saved_steps(workdir)) == step
     assert read_state(workdir / "checkpoints" / str(step))["['step']"] == step
 
     assert trainer.run(workdir)[0] == 0
@@ -139,4 +138,6 @@ def test_a_second_signal_does_not_wait(trainer, killed):
     child.send(signal.SIGTERM)
     child.send(signal.SIGINT)
     assert child.end() == 130, child.output
+    assert child.lines[-1] == "interrupted"
+    assert not child.says("saved at"), child.output
     assert not child.says("Traceback"), child.output

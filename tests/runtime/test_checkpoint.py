@@ -84,9 +84,9 @@ def test_the_best_stays_beside_the_newest_across_starts(tmp_path):
     assert steps_in(directory) == [6, 7, 8]
 
 
-def test_of_equals_the_first_is_the_best_as_in_the_summary(tmp_path):
+def test_of_equals_the_last_is_the_best(tmp_path):
     save(tmp_path / "checkpoints", {1: 0.5, 2: 0.5, 3: 0.1, 4: 0.1, 5: 0.1}, keep=1)
-    assert steps_in(tmp_path / "checkpoints") == [1, 5]
+    assert steps_in(tmp_path / "checkpoints") == [2, 5]
 
 
 def test_a_saved_step_is_left_alone(tmp_path):

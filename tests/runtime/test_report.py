@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pty
+import termios
 import time
 
 import pytest
@@ -118,6 +119,7 @@ def test_time_left_counts_the_steps_of_this_start_only(monkeypatch):
 def test_a_terminal_gets_a_bar():
     ours, theirs = pty.openpty()
     with open(theirs, "w") as terminal:
+        termios.tcsetwinsize(theirs, (24, 200))
         progress = Progress(10, first_step=2, stream=terminal)
         progress.advance(5)
         progress.show(5, ROW)

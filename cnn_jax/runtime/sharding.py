@@ -20,9 +20,10 @@ def make_mesh(*, data: int = -1, fsdp: int = 1, devices: Sequence[Any] | None = 
     devices = jax.devices() if devices is None else devices
     known = max(data, 1) * max(fsdp, 1)
     sizes = [len(devices) // known if size == -1 else size for size in (data, fsdp)]
-    if sizes[0] * sizes[1] != len(devices):
+    if data == fsdp == -1 or min(sizes) < 1 or sizes[0] * sizes[1] != len(devices):
         raise ValueError(
-            f"data={data}, fsdp={fsdp}: must multiply to the number of devices, {len(devices)}"
+            f"data={data}, fsdp={fsdp}: must multiply to the number of devices, {len(devices)}; "
+            "one of them may be -1, the rest"
         )
     return Mesh(np.asarray(devices).reshape(sizes), AXES)
 

@@ -9,6 +9,7 @@ from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Key
 
 from cnn_jax.typing import Images, Labels, RawImages
@@ -55,7 +56,7 @@ def make_augment(*, crop_padding: int = 0, flip: bool = False) -> Augment:
 
 
 def normalize(
-    images: RawImages, *, mean: Sequence[float], std: Sequence[float], dtype: jnp.dtype
+    images: RawImages, *, mean: Sequence[float], std: Sequence[float], dtype: DTypeLike
 ) -> Images:
     """Returns `(images / 255 - mean) / std` by channel, computed in float32, as `dtype`."""
     by_channel = (1, 1, 1, -1)

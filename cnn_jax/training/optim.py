@@ -10,7 +10,10 @@ SCHEDULES = ("cosine", "constant")
 
 
 def decay_mask(params: Any) -> Any:
-    """Returns True for the weights that decay: kernels, not biases nor scales of norms."""
+    """Returns True for the arrays that decay, those of two or more axes.
+
+    In a convolutional network these are the kernels, not the biases nor the scales of norms.
+    """
     return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
 
 
@@ -22,6 +25,8 @@ def make_schedule(
     It rises linearly from 0 to `peak` over `warmup_steps`, then stays ("constant") or follows half
     a cosine (Loshchilov and Hutter 2016, arXiv:1608.03983) down to `peak * end_factor` ("cosine").
     """
+    if name not in SCHEDULES:
+        raise ValueError(f"schedule name={name!r}: must be one of {', '.join(SCHEDULES)}")
     decay_steps = max(1, total_steps - warmup_steps)
     schedules = {
         "cosine": optax.cosine_decay_schedule(peak, decay_steps, alpha=end_factor),

@@ -21,7 +21,7 @@ class TrainState:
       opt_state: of the optimiser.
     """
 
-    step: jax.Array
+    step: Any  # an array, or what stands for one in an abstract state, like all others
     params: Any
     batch_stats: Any
     opt_state: optax.OptState

@@ -60,7 +60,7 @@ def make_train_step(
             opt_state=opt_state,
         )
         sums = metric_sums(logits, labels, losses, jnp.ones_like(losses))
-        grad_norm = optax.global_norm(grads)
+        grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(sums["loss"]) & jnp.isfinite(grad_norm)
         return new_state, {**sums, "grad_norm": grad_norm, "finite": finite}
 

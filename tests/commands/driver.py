@@ -38,7 +38,7 @@ HANG = 300
 class Child:
     """A process whose lines, standard error among them, are read as they come."""
 
-    def __init__(self, command: Sequence[str], **options: Any) -> None:
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
         self.lines: list[str] = []
         self._process = subprocess.Popen(
             command,
@@ -46,7 +46,7 @@ class Child:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            **options,
+            env=environment,
         )
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
@@ -98,10 +98,15 @@ class Trainer:
         self._children: list[Child] = []
 
     def start(
-        self, workdir: Path, *flags: str, environment: Mapping[str, str] | None = None, **options: Any
+        self,
+        workdir: Path,
+        *flags: str,
+        environment: Mapping[str, str] | None = None,
+        wrapper: Sequence[str] = (),
     ) -> Child:
+        """Returns a process that trains in `workdir`, started by the command `wrapper` if given."""
         command = [sys.executable, "train.py", *self.flags, f"--workdir={workdir}", *flags]
-        child = Child(command, env=self._environment | (environment or {}), **options)
+        child = Child([*wrapper, *command], self._environment | (environment or {}))
         self._children.append(child)
         return child
 

@@ -79,7 +79,7 @@ def test_kills_at_every_stage(trainer, tmp_path, reference, seed):
 
     code, output = trainer.run(workdir)
     assert code == 0, output
-    assert "Traceback" not in output
+    assert "Traceback" not in output, output
     assert_same_run(workdir, reference)
     assert_events_are_the_rows(workdir)
     assert {"summary.json", "curves.png"} <= {path.name for path in workdir.iterdir()}

@@ -84,11 +84,11 @@ class Perceptron(nn.Module):
 
 
 def test_one_step_of_modern_cnn_equals_the_oracle():
-    """With a rate of 1 the gradient is what the parameters lose: the slopes of the oracle's loss."""
+    """With a rate of 1/2 the parameters lose half the gradient, which is the oracle's slope."""
     label_smoothing = 0.2
     loss = functools.partial(cross_entropy, label_smoothing=label_smoothing)
-    step = jax.jit(make_train_step(MODEL, optax.sgd(1.0), loss=loss, normalize=NORMALIZE))
-    state, batch = make_state(MODEL, optax.sgd(1.0)), make_batch()
+    step = jax.jit(make_train_step(MODEL, optax.sgd(0.5), loss=loss, normalize=NORMALIZE))
+    state, batch = make_state(MODEL, optax.sgd(0.5)), make_batch()
     new_state, sums = jax.device_get(step(state, batch, KEY))
     state = jax.device_get(state)
     images = (batch["image"].astype(np.float64) / 255 - MEAN) / STD
@@ -120,7 +120,7 @@ def test_one_step_of_modern_cnn_equals_the_oracle():
         statistics,
     )
 
-    gradient = params - flat(new_state.params)
+    gradient = 2 * (params - flat(new_state.params))
 
     def slope(direction):
         far, near = (forward(params + h * direction)[0].mean() for h in (1e-6, -1e-6))
@@ -168,12 +168,16 @@ def test_finite_says_whether_loss_and_gradient_are():
     broken_params = jax.tree.map(lambda leaf: leaf.at[(0,) * leaf.ndim].set(jnp.inf), state.params)
     assert not step(state.replace(params=broken_params), batch, KEY)[1]["finite"]
 
-    def flat_root(logits, labels):
+    def steep(logits, labels):
         return jnp.sqrt(0.0 * logits[:, 0])
 
-    sums = jax.jit(make_train_step(model, tx, loss=flat_root))(state, batch, KEY)[1]
-    assert sums["loss"] == 0
-    assert not sums["finite"]
+    def infinite(logits, labels):
+        return jnp.inf + 0.0 * logits[:, 0]
+
+    for loss, value, norm in ((steep, 0, np.nan), (infinite, np.inf, 0)):
+        sums = jax.jit(make_train_step(model, tx, loss=loss))(state, batch, KEY)[1]
+        np.testing.assert_array_equal((sums["loss"], sums["grad_norm"]), (value, norm))
+        assert not sums["finite"]
 
 
 def test_the_state_at_step_0_is_what_module_and_optimizer_make_of_the_key():

@@ -15,11 +15,15 @@ from configs import default
 
 def get_config():
     config = default.get_config()
-    config.batch_size = 256
-    config.num_epochs = 10
+    config.batch_size = 64
+    config.num_epochs = 15
     config.model.stage_sizes = (1, 1, 1)
     config.model.width = 32
+    config.model.stem = "medium"
     config.data.name = "fashion_mnist"
-    config.optimizer.learning_rate = 0.2
-    config.schedule.warmup_epochs = 1.0
+    config.augment.crop_padding = 1
+    config.optimizer.learning_rate = 0.05
+    config.optimizer.weight_decay = 1e-3
+    config.loss.label_smoothing = 0.1
+    config.log.every_steps = 200
     return config

@@ -12,10 +12,14 @@ from configs import default
 
 def get_config():
     config = default.get_config()
-    config.batch_size = 128
-    config.num_epochs = 10
+    config.batch_size = 64
+    config.num_epochs = 12
     config.model.stage_sizes = (1, 1, 1)
-    config.model.width = 32
+    config.model.width = 24
+    config.model.stem = "medium"
+    config.augment.crop_padding = 1
     config.optimizer.learning_rate = 0.1
-    config.schedule.warmup_epochs = 1.0
+    config.optimizer.weight_decay = 1e-3
+    config.loss.label_smoothing = 0.1
+    config.log.every_steps = 50
     return config

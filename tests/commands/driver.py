@@ -80,13 +80,11 @@ class Child:
         """Ends the process as a power cut would."""
         self.send(signal.SIGKILL)
         self.end()
-        assert self._process.stdout is not None
-        self._process.stdout.close()
 
     def _read(self) -> None:
         assert self._process.stdout is not None
-        for line in self._process.stdout:
-            self.lines.append(line.rstrip("\n"))
+        with self._process.stdout as output:
+            self.lines.extend(line.rstrip("\n") for line in output)
 
 
 class Trainer:

@@ -2,9 +2,9 @@
 
     python benchmarks/seeds.py --config configs/quickstart.py --seeds 3
 
-Prints accuracy (last epoch), wall time from the command to the summary, and the share of the training
-time spent waiting for data, and keeps them in benchmarks/results/<config>.json with machine and versions. The
-first run also prepares the data set; the last row is a second start, which has nothing to do.
+Prints accuracy (last epoch), wall time from the command to the summary, and the share of the
+training time spent waiting for data, and keeps them in benchmarks/results/<config>.json with
+machine and versions. The first run also prepares the data set; a last start has nothing to do.
 """
 
 import argparse

@@ -125,6 +125,7 @@ class _Training:
                     self.train_source, batch_size=plan.config.batch_size, seed=plan.config.seed
                 ),
             }
+            _say("compiling the training and the evaluation step")
             wait = _compile_together(plan.compile_train_step, plan.compile_eval_step)
             self.step = checkpoints.latest_step() or 0
             self.state = self._restore() if self.step else plan.make_state()

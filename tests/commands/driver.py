@@ -18,11 +18,14 @@ import orbax.checkpoint as ocp
 ROOT = Path(__file__).parents[2]
 TOTAL_STEPS = 24
 FLAGS = (
-    "--config=configs/quickstart.py",
+    "--config=configs/default.py",
     "--config.num_epochs=3",
     "--config.batch_size=64",
     "--config.model.width=4",
     "--config.model.stage_sizes=1,",
+    "--config.model.stem=medium",
+    "--config.model.block=residual",
+    "--config.optimizer.learning_rate=0.1",
     "--config.data.train_split=train[:512]",
     "--config.data.test_split=test[:300]",
     "--config.eval.batch_size=8",

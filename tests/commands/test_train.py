@@ -75,7 +75,7 @@ def test_accuracy_is_a_count_over_every_test_image(trainer, reference):
                 section = section.setdefault(name, {})
             section[names[-1]] = array
     model = create_model(
-        "modern_cnn", num_classes=10, stage_sizes=(1,), width=4, stem="small", block="residual"
+        "modern_cnn", num_classes=10, stage_sizes=(1,), width=4, stem="medium", block="residual"
     )
     (data_dir,) = (flag.partition("=")[2] for flag in trainer.flags if "data_dir" in flag)
     test = open_source("fashion_mnist_10k", "test[:300]", data_dir=data_dir).batch(np.arange(300))

@@ -71,7 +71,10 @@ def test_kills_at_every_stage(trainer, tmp_path, reference, seed):
         "epoch 3.00": 1.0,
     }
     for moment, delay in moments.items():
+        saved = saved_steps(workdir)
         child = trainer.start(workdir, environment=UNCACHED if moment == COMPILING else None)
+        if saved:
+            child.wait_for(f"going on from step {saved[-1]} of 24")
         child.wait_for(moment)
         time.sleep(chance.uniform(0, delay))
         child.kill()

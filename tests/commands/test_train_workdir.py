@@ -46,11 +46,11 @@ def test_the_summary_is_made_up_for_after_a_kill_before_it(train_here, complete,
 def test_another_configuration_is_refused_with_every_difference(train_here, killed):
     before = files_of(killed)
     code, output = train_here(
-        killed, "--config.optimizer.learning_rate=0.2", "--config.model.stem=medium"
+        killed, "--config.optimizer.learning_rate=0.2", "--config.model.stem=small"
     )
     assert code == 1
     assert "  optimizer.learning_rate: 0.1 in the run, 0.2 now\n" in output
-    assert "  model.stem: 'small' in the run, 'medium' now\n" in output
+    assert "  model.stem: 'medium' in the run, 'small' now\n" in output
     assert "seed:" not in output
     assert "--accept-config-changes" in output
     assert files_of(killed) == before

@@ -57,8 +57,8 @@ def train(
             return _train_in(directory, plan, stop, accept_config_changes)
     except OSError as error:
         raise UserError(
-            f"{error.filename or directory}: {error.strerror}. Make room or choose another "
-            "--workdir, and start the same command again"
+            f"cannot write to {directory}: {error}. Make room or choose another --workdir, and "
+            "start the same command again"
         ) from error
 
 

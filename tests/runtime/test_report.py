@@ -53,7 +53,8 @@ def write(directory, steps, *, resume_step=0):
 
 
 def steps_in(directory):
-    return [json.loads(line)["step"] for line in (directory / "metrics.jsonl").open()]
+    lines = (directory / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["step"] for line in lines]
 
 
 def test_rows_are_on_their_way_to_the_disk_at_once(tmp_path):

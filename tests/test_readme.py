@@ -1,0 +1,35 @@
+"""What the README shows is what happens."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from cnn_jax.__main__ import main
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_python_example_runs():
+    (code,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    names = {}
+    exec(code, names)
+    assert int(names["state"].step) == 1
+    assert float(names["sums"]["count"]) == 64
+
+
+def test_the_mistakes_are_printed_as_shown(capsys, monkeypatch):
+    (shown,) = re.findall(r"```\n\$ (python train\.py [^$]*?mistakes.*?)```", README, re.DOTALL)
+    command, expected = re.split(r"(?<!\\)\n", shown, maxsplit=1)
+    monkeypatch.chdir(ROOT)
+    arguments = shlex.split(command.replace("\\\n", " "))[2:]
+    assert main(["train", *arguments]) == 2
+    assert capsys.readouterr().err == expected
+
+
+@pytest.mark.parametrize("name", ["quickstart", "fashion_mnist", "synthetic"])
+def test_every_config_of_the_table_is_there(name):
+    assert f"| `{name}` |" in README
+    assert (ROOT / "configs" / f"{name}.py").is_file()

@@ -8,7 +8,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -45,12 +45,30 @@ in the command or the configuration, 1 for anything else that stopped it.
 
 def run(arguments: Sequence[str] | None = None) -> NoReturn:
     """Ends the process with the exit code of `main`."""
+    sys.excepthook = _without_abandoned_arrays(sys.excepthook)
+    sys.unraisablehook = _without_abandoned_arrays(sys.unraisablehook)
     code = main(arguments)
     if code > 128:  # stopped by a signal: a compiler in another thread would hold up Python's exit
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
+
+
+def _without_abandoned_arrays(hook: Callable[..., None]) -> Callable[..., None]:
+    """Returns the hook of `sys`, silent for the tasks that orbax abandons when a write fails.
+
+    Pages of them would bury the one message that says what is wrong.
+    """
+
+    def filtered(*details: Any) -> None:
+        unraisable = details[0] if len(details) == 1 else None
+        told = (unraisable.exc_value, unraisable.object) if unraisable else details[:2]
+        text = " ".join(map(repr, told))
+        if not re.search("Event loop is closed|_serialize|_read_array|coroutine", text):
+            hook(*details)
+
+    return filtered
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -183,9 +183,7 @@ def make_plan(config: Config) -> Plan:
     prepare = functools.partial(normalize, mean=config.data.mean, std=config.data.std, dtype=dtype)
     mesh = make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp)
     image = jax.ShapeDtypeStruct((1, *dataset.image_shape), jnp.float32)
-    state = jax.eval_shape(
-        lambda image, key: init_state(model, tx, image, key), image, jax.random.key(0)
-    )
+    state = jax.eval_shape(lambda image: init_state(model, tx, image, jax.random.key(0)), image)
     return Plan(
         config=config,
         dataset=dataset,

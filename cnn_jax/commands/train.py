@@ -3,7 +3,7 @@
 import contextlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,9 @@ from cnn_jax.runtime.workdir import claim, read_config, write_config
 from cnn_jax.training.metrics import mean
 from cnn_jax.training.state import TrainState, all_finite
 from cnn_jax.typing import Metrics
+
+BATCH_KEYS = ("seed", "batch_size", "data.name", "data.train_split")
+"""What decides which examples a step trains on; the fingerprint of the data says the rest."""
 
 STEPS_IN_FLIGHT = 2
 """Steps that may wait on the device: enough to hide the host, few enough to bound memory."""
@@ -55,6 +58,9 @@ def train(
     try:
         with StopSignals() as stop, claim(directory):
             return _train_in(directory, plan, stop, accept_config_changes)
+    except Interrupted as interrupted:
+        _say(f"stopped before training began; {directory} is as it was")
+        return 128 + interrupted.signum
     except OSError as error:
         raise UserError(
             f"cannot write to {directory}: {error}. Make room or choose another --workdir, and "
@@ -79,16 +85,19 @@ def _train_in(directory: Path, plan: Plan, stop: StopSignals, accept_config_chan
             )
         )
         step = checkpoints.latest_step() or 0
+        if before and not step:
+            _say(f"{directory} holds no good checkpoint: training starts from the beginning")
         metrics = stack.enter_context(contextlib.closing(MetricsLog(directory, resume_step=step)))
+        if step:
+            changes = differences(checkpoints.record()["config"], config)
+            _refuse_other_batches(
+                [line for line in changes if line.partition(":")[0] in BATCH_KEYS], directory
+            )
         if step >= plan.total_steps and _is_evaluated(metrics, step):
             _say(f"{directory}: this run is complete, at step {step} of {plan.total_steps}")
             _summarize(directory, metrics, None)
             return 0
-        try:
-            training = _Training(plan, directory, checkpoints, metrics, stop)
-        except Interrupted as interrupted:
-            _say(f"stopped before training began; {directory} is as it was")
-            return 128 + interrupted.signum
+        training = _Training(plan, directory, checkpoints, metrics, stop)
         if config != before:
             write_config(directory, config)
         return training.run()
@@ -204,12 +213,7 @@ class _Training:
 
     def _restore(self) -> TrainState:
         changes = differences(self.checkpoints.record()["data"], self.record["data"])
-        if changes:
-            raise UserError(
-                f"{self.directory} was trained on other batches and cannot go on exactly:\n  "
-                + "\n  ".join(changes)
-                + "\nSet these back, or choose another --workdir"
-            )
+        _refuse_other_batches(changes, self.directory)
         _say(f"going on from step {self.step} of {self.plan.total_steps}")
         return self.checkpoints.restore(self.plan.state)
 
@@ -304,6 +308,15 @@ def _compile_together(
     return wait
 
 
+def _refuse_other_batches(changes: Sequence[str], directory: Path) -> None:
+    if changes:
+        raise UserError(
+            f"{directory} was trained on other batches and cannot go on exactly:\n  "
+            + "\n  ".join(changes)
+            + "\nSet these back, or choose another --workdir"
+        )
+
+
 def _is_evaluated(metrics: MetricsLog, step: int) -> bool:
     return metrics.at(step, "test/accuracy") is not None
 
@@ -311,15 +324,16 @@ def _is_evaluated(metrics: MetricsLog, step: int) -> bool:
 def _summarize(directory: Path, metrics: MetricsLog, clock: Clock | None) -> None:
     """Prints how the run ended and where things are; draws the curves. Safe to do again."""
     tested = [row for row in metrics.rows if "test/accuracy" in row]
-    final, best = tested[-1], max(tested, key=lambda row: row["test/accuracy"])
+    final, best = tested[-1], max(tested, key=lambda row: (row["test/accuracy"], row["step"]))
     path = directory / "summary.json"
-    if clock is not None:
+    if clock is not None or not path.exists():
+        seconds = {} if clock is None else {**clock.seconds, "total": clock.total()}
         summary = {
             "step": final["step"],
             "test/accuracy": final["test/accuracy"],
             "test/loss": final["test/loss"],
             "best": {"step": best["step"], "test/accuracy": best["test/accuracy"]},
-            "seconds": {**clock.seconds, "total": clock.total()},
+            "seconds": seconds,
             "versions": versions(),
         }
         write_atomically(path, json.dumps(summary, indent=2) + "\n")

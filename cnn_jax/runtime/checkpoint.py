@@ -56,6 +56,7 @@ class Checkpoints:
     def __init__(self, directory: Path, *, keep: int, log: Callable[[str], None]) -> None:
         # orbax and tensorstore narrate every save, and print pages for a file they cannot read.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)
         self._directory = directory.absolute()
         self._log = log
         self._saving: int | None = None
@@ -97,15 +98,21 @@ class Checkpoints:
         Raises UserError where the checkpoint holds other arrays than the model of this run has.
         """
         step = self._manager.latest_step()
-        try:
-            restored = self._manager.restore(
-                step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state))
-            )
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"{self._directory / str(step)} holds other arrays than this configuration's model "
-                f"and optimizer: {_first_line(error)}. Choose another --workdir"
-            ) from error
+        # Asked first: orbax finds out while it reads, and leaves tasks that complain at length.
+        with ocp.PyTreeCheckpointer() as reader:
+            metadata = reader.metadata(self._directory / str(step) / "state")
+        saved = _shapes(metadata.item_metadata.tree)
+        asked = _shapes(abstract_state)
+        for name in sorted(saved.keys() | asked.keys()):
+            if saved.get(name) != asked.get(name):
+                raise UserError(
+                    f"{self._directory / str(step)} holds other arrays than this configuration's "
+                    f"model and optimizer: {name} is {saved.get(name, 'missing')} there and "
+                    f"{asked.get(name, 'missing')} here. Choose another --workdir"
+                )
+        restored = self._manager.restore(
+            step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state))
+        )
         return restored["state"]
 
     def save(
@@ -150,7 +157,7 @@ class Checkpoints:
         for step_directory in sorted(steps, key=lambda path: int(path.name), reverse=True):
             damage = find_damage(step_directory)
             if damage is None:
-                return
+                continue
             aside = self._directory.with_name("damaged") / step_directory.name
             while aside.exists():
                 aside = aside.with_name(aside.name + "-again")
@@ -170,6 +177,16 @@ class Checkpoints:
             ) from error
 
 
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape)
+        for path, leaf in jax.tree.leaves_with_path(tree)
+    }
+
+
 def _first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
-    return lines[0][:300] if lines else type(error).__name__
+    if not lines:
+        return type(error).__name__
+    line = lines[0].partition(" [")[0]
+    return line if len(line) <= 600 else f"{line[:200]} ... {line[-400:]}"

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import json
 import os
+import platform
 import sys
 import time
 from collections import defaultdict
@@ -39,7 +40,7 @@ class Clock:
 
 def duration(seconds: float) -> str:
     """Returns `12.3 s`, `4:05` (minutes) or `1:02:03` (hours)."""
-    if seconds < 60:
+    if seconds < 59.95:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
@@ -62,17 +63,15 @@ class MetricsLog:
         path = directory / "metrics.jsonl"
         self.rows: list[Row] = [row for row in read_rows(path) if row["step"] <= resume_step]
         kept = "".join(json.dumps(row) + "\n" for row in self.rows)
-        if path.exists() and path.read_text() != kept:
+        if path.exists() and path.read_bytes() != kept.encode():
             write_atomically(path, kept)
         self._file = path.open("a")
         self._directory = directory
         self._resume_step = resume_step
 
     @functools.cached_property
-    def _events(self) -> Any:
-        from tensorboardX import SummaryWriter
-
-        return SummaryWriter(str(self._directory / "tensorboard"), purge_step=self._resume_step + 1)
+    def _events(self) -> "EventFile":
+        return EventFile(self._directory / "tensorboard", first_step=self._resume_step + 1)
 
     def write(self, step: int, values: Row) -> None:
         """Adds one row; it is on its way to the disk when this returns."""
@@ -80,8 +79,7 @@ class MetricsLog:
         self.rows.append(row)
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
-        for name, value in values.items():
-            self._events.add_scalar(name, value, step)
+        self._events.write(step, values)
 
     def at(self, step: int, name: str) -> float | None:
         """Returns the value of this name that was written at `step`, if one was."""
@@ -94,10 +92,43 @@ class MetricsLog:
             self._events.close()
 
 
+class EventFile:
+    """A TensorBoard event file whose rows are on their way to the disk when `write` returns.
+
+    tensorboardX's SummaryWriter queues them, and a kill takes what is in the queue.
+    """
+
+    def __init__(self, directory: Path, *, first_step: int) -> None:
+        """Begins a file that declares void what earlier files have from `first_step` on."""
+        from tensorboardX.proto import event_pb2
+        from tensorboardX.record_writer import RecordWriter
+
+        self._protos: Any = event_pb2
+        directory.mkdir(exist_ok=True)
+        name = f"events.out.tfevents.{time.time():.6f}.{platform.node()}"
+        self._file = RecordWriter(str(directory / name))
+        self._add(file_version="brain.Event:2")
+        start = self._protos.SessionLog(status=self._protos.SessionLog.START)
+        self._add(step=first_step, session_log=start)
+
+    def write(self, step: int, values: Row) -> None:
+        """Adds the values as scalars."""
+        scalars = [{"tag": name, "simple_value": value} for name, value in values.items()]
+        self._add(step=step, summary={"value": scalars})
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _add(self, **contents: Any) -> None:
+        event = self._protos.Event(wall_time=time.time(), **contents)
+        self._file.write(event.SerializeToString())
+        self._file.flush()
+
+
 def read_rows(path: Path) -> list[dict[str, float]]:
     """Returns the rows of a `metrics.jsonl`, without a last line that a kill has torn."""
     rows = []
-    lines = path.read_text().splitlines() if path.exists() else []
+    lines = path.read_bytes().splitlines() if path.exists() else []
     for line in lines:
         try:
             rows.append(json.loads(line))

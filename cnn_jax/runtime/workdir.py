@@ -42,7 +42,15 @@ def claim(directory: Path) -> Iterator[None]:
 def read_config(directory: Path) -> dict[str, Any] | None:
     """Returns the configuration that the run in `directory` was started with, if there is one."""
     path = directory / CONFIG
-    return json.loads(path.read_text()) if path.exists() else None
+    if not path.exists():
+        return None
+    try:
+        config = json.loads(path.read_text())
+    except ValueError:
+        config = None
+    if not isinstance(config, dict):
+        raise UserError(f"{path} is damaged. Delete it to go on, or choose another --workdir")
+    return config
 
 
 def write_config(directory: Path, config: Mapping[str, Any]) -> None:

@@ -3,16 +3,18 @@
 import contextlib
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
+from jax.sharding import NamedSharding
 
 from cnn_jax.commands.evaluate import evaluate
 from cnn_jax.config import Config, differences
-from cnn_jax.data.pipeline import train_batches
+from cnn_jax.data.pipeline import BatchIterator, train_batches
 from cnn_jax.data.sources import Source, fingerprint, open_source
 from cnn_jax.errors import UserError
 from cnn_jax.plan import Plan, make_plan
@@ -24,7 +26,7 @@ from cnn_jax.runtime.sharding import batch_sharding, to_devices
 from cnn_jax.runtime.workdir import claim, read_config, write_config
 from cnn_jax.training.metrics import mean
 from cnn_jax.training.state import TrainState, all_finite
-from cnn_jax.typing import Metrics
+from cnn_jax.typing import Batch, Metrics
 
 BATCH_KEYS = ("seed", "batch_size", "data.name", "data.train_split")
 """What decides which examples a step trains on; the fingerprint of the data says the rest."""
@@ -169,8 +171,7 @@ class _Training:
             self._evaluate()
         with contextlib.closing(self._batches()) as batches:
             while self.step < plan.total_steps:
-                with self.clock.measure("waiting for data"):
-                    batch = to_devices(next(batches), sharding)
+                batch = self._fetch(batches, sharding)
                 self.state, sums = self.train_step(self.state, batch, self.key)
                 self.step += 1
                 self.window.append(sums)
@@ -186,7 +187,16 @@ class _Training:
                 self.stop.check()
         self.checkpoints.wait()
 
-    def _batches(self) -> Any:
+    def _fetch(self, batches: Iterator[dict[str, np.ndarray]], sharding: NamedSharding) -> Batch:
+        """Returns the next batch, on the devices; its time counts while they have nothing to do."""
+        start = time.perf_counter()
+        batch = to_devices(next(batches), sharding)
+        last: Any = self.window[-1]["loss"] if self.window else None
+        if last is None or last.is_ready():  # nothing is under way
+            self.clock.seconds["waiting for data"] += time.perf_counter() - start
+        return batch
+
+    def _batches(self) -> BatchIterator:
         config = self.plan.config
         return train_batches(
             self.train_source,

@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 
 import numpy as np
 import pytest
@@ -117,3 +118,27 @@ def test_the_summary_names_what_is_written(train_here, complete):
     for name in ("metrics.jsonl", "summary.json", "curves.png", "tensorboard", "checkpoints"):
         assert name in output
         assert (complete / name).exists()
+
+
+def test_a_slow_source_is_waited_for(train_here, tmp_path, monkeypatch):
+    from cnn_jax.commands import train as command
+
+    pause = 0.2
+
+    class SlowSource:
+        def __init__(self, *arguments, **keywords):
+            self.source = open_source(*arguments, **keywords)
+            self.info, self.split = self.source.info, self.source.split
+
+        def __len__(self):
+            return len(self.source)
+
+        def batch(self, indices):
+            time.sleep(pause)
+            return self.source.batch(indices)
+
+    monkeypatch.setattr(command, "open_source", SlowSource)
+    code, output = train_here(tmp_path / "run", "--config.num_epochs=1")
+    assert code == 0, output
+    seconds = json.loads((tmp_path / "run" / "summary.json").read_text())["seconds"]
+    assert seconds["waiting for data"] >= pause, "nothing is under way before the first batch"

@@ -21,7 +21,7 @@ def get_config():
     config.model.width = 32
     config.model.stem = "medium"
     config.data.name = "fashion_mnist"
-    config.augment.crop_padding = 1
+    config.augment.crop_padding = 0
     config.optimizer.learning_rate = 0.05
     config.optimizer.weight_decay = 1e-3
     config.loss.label_smoothing = 0.1

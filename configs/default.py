@@ -32,9 +32,7 @@ def get_config() -> Any:  # a ConfigDict, whose attributes a type checker cannot
     config.model.name = "modern_cnn"  # a name in cnn_jax.models.MODELS
     config.model.stage_sizes = (1, 1, 1)  # residual blocks in each stage
     config.model.width = 32  # channels of the stem; each further stage doubles them
-    config.model.stem = (
-        "small"  # small strides by 1, medium by 2 (28 pixels up), large by 4 (100 up)
-    )
+    config.model.stem = "small"  # strides of small 1, of medium 2 and of large 4 pixels
     config.model.block = "residual"  # residual (3x3, 3x3) or bottleneck (1x1, 3x3, 1x1)
 
     config.data = ConfigDict(type_safe=False)

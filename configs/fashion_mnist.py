@@ -10,20 +10,15 @@ Time: TO BE MEASURED
 Test accuracy: TO BE MEASURED (mean of 3 seeds, final epoch)
 """
 
-from configs import default
+from configs import quickstart
 
 
 def get_config():
-    config = default.get_config()
-    config.batch_size = 64
+    config = quickstart.get_config()
     config.num_epochs = 15
-    config.model.stage_sizes = (1, 1, 1)
     config.model.width = 32
-    config.model.stem = "medium"
     config.data.name = "fashion_mnist"
     config.augment.crop_padding = 0
     config.optimizer.learning_rate = 0.05
-    config.optimizer.weight_decay = 1e-3
-    config.loss.label_smoothing = 0.1
     config.log.every_steps = 200
     return config

@@ -118,6 +118,7 @@ raise ImportError("TensorFlow must not be imported")
 """
 
 
+@pytest.mark.slow
 def test_a_whole_training_never_imports_tensorflow(run_python, tmp_path):
     package = tmp_path / "packages" / "tensorflow"
     package.mkdir(parents=True)

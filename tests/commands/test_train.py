@@ -120,6 +120,7 @@ def test_the_summary_names_what_is_written(train_here, complete):
         assert (complete / name).exists()
 
 
+@pytest.mark.slow
 def test_a_slow_source_is_waited_for(train_here, tmp_path, monkeypatch):
     from cnn_jax.commands import train as command
 

@@ -49,6 +49,7 @@ except UserError as error:
 """
 
 
+@pytest.mark.slow
 def test_two_processes_prepare_one_data_set(tmp_path, prepared_dir, start_python):
     directory = tmp_path / "cnn_jax_fashion_mnist_10k"
     directory.mkdir()

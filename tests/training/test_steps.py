@@ -247,7 +247,14 @@ def run_on_one_device():
     return run(make_mesh(devices=jax.devices()[:1]))
 
 
-@pytest.mark.parametrize("sizes", [(8, 1), (4, 2), (1, 8)])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        pytest.param((8, 1), marks=pytest.mark.slow),
+        (4, 2),
+        pytest.param((1, 8), marks=pytest.mark.slow),
+    ],
+)
 def test_eight_devices_give_the_numbers_of_one(sizes, run_on_one_device):
     data, fsdp = sizes
     state, losses = run(make_mesh(data=data, fsdp=fsdp))

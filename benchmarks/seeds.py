@@ -54,13 +54,12 @@ def main() -> None:
             workdir = Path(directory, str(seed))
             wall, summary = train(options.config, seed, workdir, Path(directory, "data"))
             seconds = summary["seconds"]
-            training = seconds["training"] - seconds["evaluating"] - seconds["saving"]
             runs.append(
                 {
                     "seed": seed,
                     "test_accuracy": summary["test/accuracy"],
                     "wall_seconds": round(wall, 1),
-                    "waiting_for_data": round(seconds["waiting for data"] / training, 4),
+                    "waiting_for_data": round(seconds["waiting for data"] / seconds["training"], 4),
                     "seconds": {part: round(value, 2) for part, value in seconds.items()},
                 }
             )

@@ -4,10 +4,12 @@ Flags and config files stop here; a command receives a checked `Config`.
 """
 
 import argparse
+import inspect
 import os
 import re
 import sys
 import traceback
+import types
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -39,7 +41,8 @@ examples:
       --config.model.width=64 --config.optimizer.learning_rate=0.05
 
 configs/default.py explains every KEY. Exit code: 0 when done, 2 for a mistake
-in the command or the configuration, 1 for anything else that stopped it.
+in the command or the configuration, 130 and 143 when stopped by Ctrl-C or
+SIGTERM (what was trained is saved), 1 for anything else that stopped it.
 """
 
 
@@ -48,7 +51,7 @@ def run(arguments: Sequence[str] | None = None) -> NoReturn:
     sys.excepthook = _without_abandoned_arrays(sys.excepthook)
     sys.unraisablehook = _without_abandoned_arrays(sys.unraisablehook)
     code = main(arguments)
-    if code > 128:  # stopped by a signal: a compiler in another thread would hold up Python's exit
+    if code:  # a compiler in another thread would hold up Python's own exit for minutes
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
@@ -62,10 +65,12 @@ def _without_abandoned_arrays(hook: Callable[..., None]) -> Callable[..., None]:
     """
 
     def filtered(*details: Any) -> None:
-        unraisable = details[0] if len(details) == 1 else None
-        told = (unraisable.exc_value, unraisable.object) if unraisable else details[:2]
-        text = " ".join(map(repr, told))
-        if not re.search("Event loop is closed|_serialize|_read_array|coroutine", text):
+        if len(details) == 1:  # sys.unraisablehook
+            error, origin = details[0].exc_value, details[0].object
+        else:  # sys.excepthook
+            error, origin = details[1], None
+        closed = isinstance(error, RuntimeError) and str(error) == "Event loop is closed"
+        if not closed and not inspect.iscoroutine(origin):
             hook(*details)
 
     return filtered
@@ -185,7 +190,7 @@ def _train(options: argparse.Namespace, overrides: Sequence[tuple[str, str]]) ->
     if options.config is None:
         return options.parser.error("the following arguments are required: --config")
 
-    # Here rather than above: they import jax, and a mistyped flag should be answered at once.
+    # Here rather than above: help and mistyped flags should not wait for data and checkpoints.
     from cnn_jax.config import ConfigError, override, parse
 
     try:
@@ -227,6 +232,12 @@ def _load(path: Path) -> Mapping[str, Any]:
     folders = [folder.parent for folder in path.resolve().parents if folder.name == "configs"]
     search_before = list(sys.path)
     sys.path[:0] = [str(folder) for folder in (*folders, Path.cwd())]
+    # All folders `configs` are one package, also where an installed package has taken the name.
+    package = types.ModuleType("configs")
+    package.__path__ = [
+        str(found) for place in sys.path if (found := Path(place, "configs")).is_dir()
+    ]
+    sys.modules["configs"] = package
     try:
         names: dict[str, Any] = {"__name__": path.stem, "__file__": str(path)}
         exec(compile(path.read_bytes(), path, "exec"), names)
@@ -236,6 +247,8 @@ def _load(path: Path) -> Mapping[str, Any]:
         raise ConfigError([_located(error, path)]) from error
     finally:
         sys.path[:] = search_before
+        for name in [name for name in sys.modules if name.partition(".")[0] == "configs"]:
+            del sys.modules[name]
     if not isinstance(values, Mapping):
         raise ConfigError([f"{path}: must define get_config() that returns a ConfigDict"])
     return values

@@ -5,6 +5,7 @@ What trains, what a dry run prints and what is compiled ahead of time are this o
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -72,20 +73,20 @@ class Plan:
 
         return jax.jit(make, out_shardings=replicated(self.mesh))()
 
-    def compile_train_step(self) -> jax.stages.Compiled:
-        """Returns the compiled train step; it takes the place of the state that it is given."""
+    def lower_train_step(self) -> jax.stages.Lowered:
+        """Returns the train step, ready to compile; it takes the place of the state it is given."""
         key = jax.eval_shape(lambda: jax.random.key(0))
         key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=replicated(self.mesh))
         batch = self._batch(self.config.batch_size, index=jnp.int32, epoch=jnp.int32)
         shardings = (jax.tree.map(lambda leaf: leaf.sharding, self.state), replicated(self.mesh))
         step = jax.jit(self.train_step, donate_argnums=0, out_shardings=shardings)
-        return step.lower(self.state, batch, key).compile()
+        return step.lower(self.state, batch, key)
 
-    def compile_eval_step(self) -> jax.stages.Compiled:
-        """Returns the compiled evaluation step."""
+    def lower_eval_step(self) -> jax.stages.Lowered:
+        """Returns the evaluation step, ready to compile."""
         batch = self._batch(self.config.eval.batch_size, mask=jnp.float32)
         step = jax.jit(self.eval_step, out_shardings=replicated(self.mesh))
-        return step.lower(self.state, batch).compile()
+        return step.lower(self.state, batch)
 
     def learning_rate(self, step: int) -> float:
         """Returns the learning rate of the step that follows `step` steps."""
@@ -99,7 +100,7 @@ class Plan:
     def evaluates_after(self, step: int) -> bool:
         """Returns whether the test split is evaluated when `step` steps are done."""
         every = self.config.eval.every_steps
-        return step == self.total_steps or self._is_due(step, every)
+        return step >= self.total_steps or self._is_due(step, every)
 
     def saves_after(self, step: int) -> bool:
         """Returns whether a checkpoint is written when `step` steps are done."""
@@ -125,6 +126,27 @@ class Plan:
             f"{config.num_epochs} epochs, seed {config.seed}",
         }
         return "\n".join(f"{name:<10} {text}" for name, text in lines.items())
+
+    def tabulate(self) -> str:
+        """Returns a table of the model's parts in order: output of one image, parameters."""
+        variables = {"params": self.state.params, "batch_stats": self.state.batch_stats}
+        parts: dict[str, str] = {}
+
+        def forward(variables: Any, images: jax.Array) -> None:
+            _, captured = self.model.apply(
+                variables, images, train=False, capture_intermediates=True, mutable="intermediates"
+            )
+            for name, inner in captured["intermediates"].items():
+                if isinstance(inner, Mapping):
+                    (output,) = inner["__call__"]
+                    parts[name] = " x ".join(map(str, output.shape[1:]))
+
+        jax.eval_shape(forward, variables, self._image())
+        lines = [f"{'part':<16} {'output':<16} {'parameters':>12}"]
+        for name, output in parts.items():
+            size = sum(leaf.size for leaf in jax.tree.leaves(self.state.params.get(name, {})))
+            lines.append(f"{name:<16} {output:<16} {size:>12,}")
+        return "\n".join(lines)
 
     def _is_due(self, step: int, every: int) -> bool:
         if every:

@@ -36,7 +36,7 @@ def get_config() -> Any:  # a ConfigDict, whose attributes a type checker cannot
     config.model.block = "residual"  # residual (3x3, 3x3) or bottleneck (1x1, 3x3, 1x1)
 
     config.data = ConfigDict(type_safe=False)
-    config.data.name = "fashion_mnist_10k"  # a name in cnn_jax.data.sources.DATASETS
+    config.data.name = "fashion_mnist_10k"  # a name in cnn_jax.data.datasets.DATASETS
     config.data.train_split = "train"  # trained on; a slice such as train[:50%] will do
     config.data.test_split = "test"  # evaluated on
     config.data.data_dir = ""  # where prepared data sets are kept; empty: TFDS's own default
@@ -78,7 +78,7 @@ def get_config() -> Any:  # a ConfigDict, whose attributes a type checker cannot
     config.eval.every_steps = 0  # training steps between evaluations; 0: at the end of each epoch
 
     config.checkpoint = ConfigDict(type_safe=False)
-    config.checkpoint.every_steps = 0  # training steps between checkpoints; 0: at each evaluation
+    config.checkpoint.every_steps = 0  # training steps between checkpoints; evaluations save too
     config.checkpoint.keep = 2  # newest checkpoints that stay, beside the best
 
     config.log = ConfigDict(type_safe=False)

@@ -141,6 +141,13 @@ def test_configs_import_each_other_anywhere(place, tmp_path, trained, monkeypatc
     assert sys.path == search
 
 
+def test_an_installed_package_called_configs_is_not_in_the_way(tmp_path, trained, monkeypatch):
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "__init__.py").write_text("")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert main(["train", "--config", str(ROOT / "configs" / "quickstart.py")]) == 0
+
+
 RAISING = {
     "unknown section": (
         "config.optimzer.name = 1",

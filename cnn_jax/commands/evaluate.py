@@ -12,6 +12,9 @@ from cnn_jax.training.metrics import mean
 from cnn_jax.training.state import TrainState
 from cnn_jax.typing import Metrics
 
+STEPS_IN_FLIGHT = 2
+"""Steps that may wait on the device: enough to hide the host, few enough to bound memory."""
+
 
 def evaluate(
     plan: Plan,
@@ -39,6 +42,8 @@ def evaluate(
         for batch in batches:
             check()
             sums.append(eval_step(state, to_devices(batch, sharding)))
+            if len(sums) > STEPS_IN_FLIGHT:
+                jax.block_until_ready(sums[-1 - STEPS_IN_FLIGHT])
     finally:
         batches.close()
     return mean(jax.device_get(sums))

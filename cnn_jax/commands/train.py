@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
-from cnn_jax.commands.evaluate import evaluate
+from cnn_jax.commands.evaluate import STEPS_IN_FLIGHT, evaluate
 from cnn_jax.config import Config, differences
 from cnn_jax.data.pipeline import BatchIterator, train_batches
 from cnn_jax.data.sources import Source, fingerprint, open_source
@@ -21,7 +22,15 @@ from cnn_jax.plan import Plan, make_plan
 from cnn_jax.runtime.checkpoint import Checkpoints
 from cnn_jax.runtime.files import write_atomically
 from cnn_jax.runtime.platform import Interrupted, StopSignals, versions
-from cnn_jax.runtime.report import Clock, MetricsLog, Progress, duration, plot_curves
+from cnn_jax.runtime.report import (
+    METRICS,
+    Clock,
+    MetricsLog,
+    Progress,
+    duration,
+    plot_curves,
+    read_rows,
+)
 from cnn_jax.runtime.sharding import batch_sharding, to_devices
 from cnn_jax.runtime.workdir import claim, read_config, write_config
 from cnn_jax.training.metrics import mean
@@ -30,9 +39,6 @@ from cnn_jax.typing import Batch, Metrics
 
 BATCH_KEYS = ("seed", "batch_size", "data.name", "data.train_split")
 """What decides which examples a step trains on; the fingerprint of the data says the rest."""
-
-STEPS_IN_FLIGHT = 2
-"""Steps that may wait on the device: enough to hide the host, few enough to bound memory."""
 
 
 def train(
@@ -51,17 +57,21 @@ def train(
       UserError: the directory holds another run or cannot be written, the data cannot be had, or
         the loss is no longer a finite number.
     """
+    clock = Clock()
     plan = make_plan(config)
-    print(plan.describe(), flush=True)
-    if dry_run:
-        print("dry run: the configuration is good; nothing was trained or written")
-        return 0
     directory = Path(workdir)
+    _say(f"{plan.describe()}\nworkdir    {directory}")
+    if dry_run:
+        plan.lower_train_step()
+        plan.lower_eval_step()
+        _say(plan.tabulate())
+        _say("dry run: the configuration is good and its steps can be built; nothing was written")
+        return 0
     try:
         with StopSignals() as stop, claim(directory):
-            return _train_in(directory, plan, stop, accept_config_changes)
+            return _train_in(directory, plan, clock, stop, accept_config_changes)
     except Interrupted as interrupted:
-        _say(f"stopped before training began; {directory} is as it was")
+        _say("stopped before training began; the same command starts again")
         return 128 + interrupted.signum
     except OSError as error:
         raise UserError(
@@ -70,15 +80,24 @@ def train(
         ) from error
 
 
-def _train_in(directory: Path, plan: Plan, stop: StopSignals, accept_config_changes: bool) -> int:
+def _train_in(
+    directory: Path, plan: Plan, clock: Clock, stop: StopSignals, accept_config_changes: bool
+) -> int:
     config = plan.config.as_dict()
     before = read_config(directory)
+    if before is None and read_rows(directory / METRICS):
+        raise UserError(
+            f"{directory} holds a {METRICS} but no configuration, so it is not a run of this "
+            "program. Choose another --workdir"
+        )
     changes = differences(before, config) if before else []
     if changes and not accept_config_changes:
+        exactly = not any(line.partition(":")[0] in BATCH_KEYS for line in changes)
         raise UserError(
             f"{directory} holds a run with another configuration:\n  "
             + "\n  ".join(changes)
-            + "\nChoose another --workdir, or go on with the new values: --accept-config-changes"
+            + "\nChoose another --workdir"
+            + (", or go on with the new values: --accept-config-changes" if exactly else "")
         )
     with contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(
@@ -99,7 +118,7 @@ def _train_in(directory: Path, plan: Plan, stop: StopSignals, accept_config_chan
             _say(f"{directory}: this run is complete, at step {step} of {plan.total_steps}")
             _summarize(directory, metrics, None)
             return 0
-        training = _Training(plan, directory, checkpoints, metrics, stop)
+        training = _Training(plan, directory, checkpoints, metrics, clock, stop)
         if config != before:
             write_config(directory, config)
         return training.run()
@@ -114,6 +133,7 @@ class _Training:
         directory: Path,
         checkpoints: Checkpoints,
         metrics: MetricsLog,
+        clock: Clock,
         stop: StopSignals,
     ) -> None:
         """Compiles, opens the data, and takes the newest good state or makes the first."""
@@ -122,7 +142,7 @@ class _Training:
         self.checkpoints = checkpoints
         self.metrics = metrics
         self.stop = stop
-        self.clock = Clock()
+        self.clock = clock
         self.window: list[Metrics] = []
         self.window_start = 0.0
         with self.clock.measure("starting"):
@@ -137,7 +157,7 @@ class _Training:
                 ),
             }
             _say("compiling the training and the evaluation step")
-            wait = _compile_together(plan.compile_train_step, plan.compile_eval_step)
+            wait = _compile_together(plan.lower_train_step, plan.lower_eval_step)
             self.step = checkpoints.latest_step() or 0
             self.state = self._restore() if self.step else plan.make_state()
             self.key = plan.make_key()
@@ -150,6 +170,9 @@ class _Training:
         try:
             with self.clock.measure("training"):
                 self._train()
+            self.clock.seconds["training"] -= sum(
+                self.clock.seconds[part] for part in ("evaluating", "saving")
+            )
         except Interrupted as interrupted:
             self._save()
             self.checkpoints.wait()
@@ -169,6 +192,7 @@ class _Training:
         self.window_start = time.perf_counter()
         if plan.evaluates_after(self.step) and not _is_evaluated(self.metrics, self.step):
             self._evaluate()
+            self._save()
         with contextlib.closing(self._batches()) as batches:
             while self.step < plan.total_steps:
                 batch = self._fetch(batches, sharding)
@@ -259,6 +283,8 @@ class _Training:
             means = evaluate(
                 self.plan, self.eval_step, self.state, self.test_source, check=self.stop.check
             )
+        if not math.isfinite(means["loss"]):
+            raise self._not_finite(f"the test loss after step {self.step} is {means['loss']}")
         row = {
             "epoch": self.plan.epoch(self.step),
             "test/loss": means["loss"],
@@ -290,25 +316,26 @@ class _Training:
         return UserError(
             f"training has diverged: {what}. "
             + (f"The newest checkpoint, step {good}, is good. " if good else "")
-            + "Lower optimizer.learning_rate or lengthen schedule.warmup_epochs"
+            + "Lower optimizer.learning_rate or lengthen schedule.warmup_epochs, in another "
+            "--workdir or with --accept-config-changes"
         )
 
 
 def _compile_together(
-    *compilations: Callable[[], jax.stages.Compiled],
+    *steps: Callable[[], jax.stages.Lowered],
 ) -> Callable[[], tuple[list[jax.stages.Compiled], float]]:
-    """Starts all compilations at once; returns a function that waits for them.
+    """Starts lowering and compiling all steps at once; returns a function that waits for them.
 
     It returns the programs and the seconds from the start to the last. The waiting thread stays
     open to signals, which a compiler would hold up for minutes.
     """
     start = time.perf_counter()
-    executor = ThreadPoolExecutor(len(compilations))
+    executor = ThreadPoolExecutor(len(steps))
 
-    def timed(compilation: Callable[[], jax.stages.Compiled]) -> tuple[jax.stages.Compiled, float]:
-        return compilation(), time.perf_counter() - start
+    def timed(lower: Callable[[], jax.stages.Lowered]) -> tuple[jax.stages.Compiled, float]:
+        return lower().compile(), time.perf_counter() - start
 
-    futures = [executor.submit(timed, compilation) for compilation in compilations]
+    futures = [executor.submit(timed, lower) for lower in steps]
     executor.shutdown(wait=False)
 
     def wait() -> tuple[list[jax.stages.Compiled], float]:
@@ -347,7 +374,8 @@ def _summarize(directory: Path, metrics: MetricsLog, clock: Clock | None) -> Non
             "versions": versions(),
         }
         write_atomically(path, json.dumps(summary, indent=2) + "\n")
-    plot_curves(metrics.rows, directory / "curves.png")
+    if clock is not None or not (directory / "curves.png").exists():
+        plot_curves(metrics.rows, directory / "curves.png")
 
     _say(
         f"test accuracy {final['test/accuracy']:.4f}, loss {final['test/loss']:.4f} at the last "
@@ -355,8 +383,7 @@ def _summarize(directory: Path, metrics: MetricsLog, clock: Clock | None) -> Non
     )
     if clock is not None:
         seconds = clock.seconds
-        training = seconds["training"] - seconds["evaluating"] - seconds["saving"]
-        waiting = seconds["waiting for data"]
+        training, waiting = seconds["training"], seconds["waiting for data"]
         _say(
             f"{duration(clock.total())} in all: starting {duration(seconds['starting'])} "
             f"(compiling {duration(seconds['compiling'])}), training {duration(training)} "

@@ -85,6 +85,10 @@ class Checkpoints:
         """Returns the step of the newest good checkpoint; None where there is none."""
         return self._manager.latest_step()
 
+    def steps(self) -> list[int]:
+        """Returns the steps of all good checkpoints, in order."""
+        return sorted(self._manager.all_steps())
+
     def record(self) -> Mapping[str, Any]:
         """Returns the JSON values saved beside the newest good checkpoint."""
         restored = self._manager.restore(
@@ -118,14 +122,20 @@ class Checkpoints:
     def save(
         self, state: TrainState, *, record: Mapping[str, Any], accuracy: float | None = None
     ) -> None:
-        """Copies the state to the host and writes it in the background; a saved step is left alone.
+        """Copies the state to the host and writes it in the background.
+
+        A step that is saved already is left alone, unless this gives it the accuracy that it lacks
+        and an earlier checkpoint would survive a kill meanwhile.
+
 
         Raises UserError where this or an earlier checkpoint could not be written.
         """
         step = int(jax.device_get(state.step))
-        if step == self._manager.latest_step():
-            return
         self.wait()
+        if step == self._manager.latest_step():
+            if accuracy is None or self._manager.metrics(step) or len(self.steps()) == 1:
+                return
+            self._manager.delete(step)
         self._saving = step
         with self._clear_errors():
             self._manager.save(
@@ -152,7 +162,7 @@ class Checkpoints:
         write_atomically(step_directory / MANIFEST, json.dumps(_digests(step_directory), indent=1))
 
     def _set_damaged_aside(self) -> None:
-        """Moves what is newer than the newest good checkpoint out of orbax's sight."""
+        """Moves damaged checkpoints out of orbax's sight."""
         steps = [p for p in self._directory.glob("[0-9]*") if p.name.isdigit() and p.is_dir()]
         for step_directory in sorted(steps, key=lambda path: int(path.name), reverse=True):
             damage = find_damage(step_directory)

@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.metadata
+import os
 import platform
 import signal
 from types import FrameType, TracebackType
@@ -37,8 +38,8 @@ class StopSignals:
     """Turns SIGINT and SIGTERM into a wish to stop, while it is entered.
 
     Until `defer` is called a signal raises `Interrupted` at once: there is nothing to save yet.
-    Afterwards it is kept for `check`, so that a step or a save is never torn. A second signal
-    raises KeyboardInterrupt wherever the program is.
+    Afterwards it is kept for `check`, so that a step or a save is never torn. A second
+    SIGINT raises KeyboardInterrupt wherever the program is.
     """
 
     def __init__(self) -> None:
@@ -70,8 +71,11 @@ class StopSignals:
             raise Interrupted(self.received)
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
-        if self.received is not None:
-            raise KeyboardInterrupt
-        self.received = signum
+        first = self.received is None
+        self.received = self.received or signum
         if not self._deferring:
             raise Interrupted(signum)
+        if first:
+            os.write(2, b"\nstopping after this step, saved; Ctrl-C again stops without saving\n")
+        elif signum == signal.SIGINT:
+            raise KeyboardInterrupt

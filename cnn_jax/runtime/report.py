@@ -14,6 +14,8 @@ from typing import Any, TextIO
 
 from cnn_jax.runtime.files import write_atomically
 
+METRICS = "metrics.jsonl"
+
 Row = Mapping[str, float]
 
 
@@ -57,17 +59,21 @@ class MetricsLog:
     def __init__(self, directory: Path, *, resume_step: int) -> None:
         """Opens the log of a run that goes on from `resume_step`.
 
-        Rows behind that step are dropped, and so is a last line torn by a kill: the run is about
-        to write them again.
+        With the first row that is written, rows behind that step are dropped, and so is a last line
+        torn by a kill: the run writes them again.
         """
-        path = directory / "metrics.jsonl"
-        self.rows: list[Row] = [row for row in read_rows(path) if row["step"] <= resume_step]
+        rows = read_rows(directory / METRICS)
+        self.rows: list[Row] = [row for row in rows if row["step"] <= resume_step]
+        self._directory = directory
+        self._resume_step = resume_step
+
+    @functools.cached_property
+    def _file(self) -> TextIO:
+        path = self._directory / METRICS
         kept = "".join(json.dumps(row) + "\n" for row in self.rows)
         if path.exists() and path.read_bytes() != kept.encode():
             write_atomically(path, kept)
-        self._file = path.open("a")
-        self._directory = directory
-        self._resume_step = resume_step
+        return path.open("a")
 
     @functools.cached_property
     def _events(self) -> "EventFile":
@@ -76,9 +82,9 @@ class MetricsLog:
     def write(self, step: int, values: Row) -> None:
         """Adds one row; it is on its way to the disk when this returns."""
         row = {"step": step, **values}
-        self.rows.append(row)
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
+        self.rows.append(row)
         self._events.write(step, values)
 
     def at(self, step: int, name: str) -> float | None:
@@ -87,9 +93,8 @@ class MetricsLog:
         return next(values, None)
 
     def close(self) -> None:
-        self._file.close()
-        if "_events" in self.__dict__:
-            self._events.close()
+        for opened in {"_file", "_events"} & self.__dict__.keys():
+            getattr(self, opened).close()
 
 
 class EventFile:

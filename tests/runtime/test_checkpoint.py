@@ -89,12 +89,28 @@ def test_of_equals_the_last_is_the_best(tmp_path):
     assert steps_in(tmp_path / "checkpoints") == [2, 5]
 
 
-def test_a_saved_step_is_left_alone(tmp_path):
+@pytest.mark.parametrize(
+    ("saved", "again"),
+    [
+        ({2: None, 3: 0.5}, 0.6),
+        ({2: None, 3: 0.5}, None),
+        ({3: None}, 0.5),  # the only one is never taken away to be written anew
+    ],
+)
+def test_a_saved_step_is_left_alone(tmp_path, saved, again):
     directory = tmp_path / "checkpoints"
-    save(directory, {3: None})
+    save(directory, saved, keep=2)
     before = {path: path.stat().st_mtime_ns for path in directory.rglob("*")}
-    save(directory, {3: 0.5})
+    save(directory, {3: again}, keep=2)
     assert {path: path.stat().st_mtime_ns for path in directory.rglob("*")} == before
+
+
+def test_a_saved_step_gets_the_accuracy_that_it_lacks(tmp_path):
+    directory = tmp_path / "checkpoints"
+    save(directory, {2: 0.1, 3: None}, keep=2)
+    save(directory, {3: 0.9}, keep=2)
+    save(directory, {4: 0.2, 5: 0.2, 6: 0.2}, keep=2)
+    assert steps_in(directory) == [3, 5, 6]
 
 
 def test_another_model_is_one_message(tmp_path):

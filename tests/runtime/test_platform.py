@@ -31,10 +31,12 @@ def test_a_deferred_signal_waits_for_check(signum):
             stop.check()
 
 
-def test_the_second_signal_does_not_wait():
+def test_the_second_ctrl_c_does_not_wait(capfd):
     with StopSignals() as stop:
         stop.defer()
         send(signal.SIGTERM)
+        send(signal.SIGTERM)
+        assert "stopping after this step" in capfd.readouterr().err
         with pytest.raises(KeyboardInterrupt):
             send(signal.SIGINT)
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -239,3 +240,21 @@ def test_a_run_that_diverges_stops_and_never_becomes_a_checkpoint(trainer, tmp_p
     for step in steps:
         for name, array in read_state(workdir / "checkpoints" / str(step)).items():
             assert abs(array).max() < float("inf"), (step, name)
+
+
+def test_fewer_epochs_than_are_done_is_a_complete_run(trainer, killed):
+    flags = ("--config.num_epochs=1", "--accept-config-changes")
+    code, output = trainer.run(killed, *flags)
+    assert code == 0, output
+    (step,) = re.findall(r"going on from step (\d+) of 8", output)
+    assert f"at the last step, {step};" in output
+    assert read_metrics(killed)[-1]["step"] == int(step)
+    assert "this run is complete" in trainer.run(killed, *flags)[1]
+
+
+def test_a_directory_of_another_program_is_left_alone(trainer, tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"loss": 1}\n')
+    code, output = trainer.run(tmp_path)
+    assert code == 1
+    assert "is not a run of this program" in output
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"loss": 1}\n'

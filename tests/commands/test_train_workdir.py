@@ -87,6 +87,7 @@ OTHER_BATCHES = {
 }
 
 
+@pytest.mark.slow
 def test_other_batches_are_refused_even_if_changes_are_accepted(trainer, killed, reference):
     before = (killed / "config.json").read_bytes(), saved_steps(killed)
     code, output = trainer.run(killed, *OTHER_BATCHES, "--accept-config-changes")
@@ -159,10 +160,8 @@ os.execv(sys.argv[2], sys.argv[2:])
 """Starts a command whose writes fail beyond so many bytes of a file."""
 
 
-@pytest.mark.parametrize(
-    "size",
-    [10, pytest.param(1000, marks=pytest.mark.slow), pytest.param(3000, marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [10, 1000, 3000])
 def test_files_that_cannot_grow_are_one_message(trainer, killed, reference, size):
     before = saved_steps(killed)
     code, output = trainer.run(killed, wrapper=(sys.executable, "-c", LIMITED, str(size)))
@@ -242,6 +241,7 @@ def test_a_run_that_diverges_stops_and_never_becomes_a_checkpoint(trainer, tmp_p
             assert abs(array).max() < float("inf"), (step, name)
 
 
+@pytest.mark.slow
 def test_fewer_epochs_than_are_done_is_a_complete_run(trainer, killed):
     flags = ("--config.num_epochs=1", "--accept-config-changes")
     code, output = trainer.run(killed, *flags)

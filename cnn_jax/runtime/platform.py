@@ -76,6 +76,6 @@ class StopSignals:
         if not self._deferring:
             raise Interrupted(signum)
         if first:
-            os.write(2, b"\nstopping after this step, saved; Ctrl-C again stops without saving\n")
+            os.write(2, b"\nsaving after this step, then stopping; Ctrl-C again does not save\n")
         elif signum == signal.SIGINT:
             raise KeyboardInterrupt

@@ -36,7 +36,7 @@ def test_the_second_ctrl_c_does_not_wait(capfd):
         stop.defer()
         send(signal.SIGTERM)
         send(signal.SIGTERM)
-        assert "stopping after this step" in capfd.readouterr().err
+        assert "saving after this step, then stopping" in capfd.readouterr().err
         with pytest.raises(KeyboardInterrupt):
             send(signal.SIGINT)
 

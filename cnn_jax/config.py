@@ -20,7 +20,7 @@ from typing import Annotated, Any, cast, get_args, get_origin, get_type_hints
 import jax
 import jax.numpy as jnp
 
-from cnn_jax.data.sources import DATASETS, DatasetInfo, dataset_info, split_range
+from cnn_jax.data.datasets import DATASETS, DatasetInfo, dataset_info, split_range
 from cnn_jax.errors import UserError, nearest
 from cnn_jax.models import MODELS, create_model
 from cnn_jax.training.optim import OPTIMIZERS, SCHEDULES

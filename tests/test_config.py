@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cnn_jax.config import Config, ConfigError, differences, override, parse
-from cnn_jax.data.sources import DATASETS
+from cnn_jax.data.datasets import DATASETS
 from cnn_jax.errors import UserError
 from cnn_jax.models import MODELS
 

@@ -1,5 +1,6 @@
 """Evaluation: every example once."""
 
+import contextlib
 from collections.abc import Callable
 
 import jax
@@ -38,12 +39,10 @@ def evaluate(
     )
     sharding = batch_sharding(plan.mesh)
     sums = []
-    try:
+    with contextlib.closing(batches):
         for batch in batches:
             check()
             sums.append(eval_step(state, to_devices(batch, sharding)))
             if len(sums) > STEPS_IN_FLIGHT:
                 jax.block_until_ready(sums[-1 - STEPS_IN_FLIGHT])
-    finally:
-        batches.close()
     return mean(jax.device_get(sums))

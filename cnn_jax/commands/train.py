@@ -92,12 +92,15 @@ def _train_in(
         )
     changes = differences(before, config) if before else []
     if changes and not accept_config_changes:
-        exactly = not any(line.partition(":")[0] in BATCH_KEYS for line in changes)
         raise UserError(
             f"{directory} holds a run with another configuration:\n  "
             + "\n  ".join(changes)
             + "\nChoose another --workdir"
-            + (", or go on with the new values: --accept-config-changes" if exactly else "")
+            + (
+                ""
+                if _of_batches(changes)
+                else ", or go on with the new values: --accept-config-changes"
+            )
         )
     with contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(
@@ -111,9 +114,7 @@ def _train_in(
         metrics = stack.enter_context(contextlib.closing(MetricsLog(directory, resume_step=step)))
         if step:
             changes = differences(checkpoints.record()["config"], config)
-            _refuse_other_batches(
-                [line for line in changes if line.partition(":")[0] in BATCH_KEYS], directory
-            )
+            _refuse_other_batches(_of_batches(changes), directory)
         if step >= plan.total_steps and _is_evaluated(metrics, step):
             _say(f"{directory}: this run is complete, at step {step} of {plan.total_steps}")
             _summarize(directory, metrics, None)
@@ -343,6 +344,10 @@ def _compile_together(
         return list(programs), max(seconds)
 
     return wait
+
+
+def _of_batches(changes: Sequence[str]) -> list[str]:
+    return [line for line in changes if line.partition(":")[0] in BATCH_KEYS]
 
 
 def _refuse_other_batches(changes: Sequence[str], directory: Path) -> None:

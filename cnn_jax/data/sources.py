@@ -10,18 +10,8 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from cnn_jax.data.datasets import DATASETS, DatasetInfo, dataset_info, split_range
+from cnn_jax.data.datasets import DatasetInfo, dataset_info, split_range
 from cnn_jax.errors import UserError
-
-__all__ = [
-    "DATASETS",
-    "DatasetInfo",
-    "Source",
-    "dataset_info",
-    "fingerprint",
-    "open_source",
-    "split_range",
-]
 
 
 @runtime_checkable

@@ -1,7 +1,7 @@
 """Checkpoints of one run: written in the background, whole or not at all, and verified when read.
 
-orbax writes each step into a directory of its own. A manifest with the size and SHA-256 of every
-file is among them, so that one that was cut or altered later is found before anything is read.
+orbax writes each step into a directory of its own. A manifest with the SHA-256 of every file is
+among them, so that one that was cut or altered later is found before anything is read.
 """
 
 import contextlib
@@ -85,10 +85,6 @@ class Checkpoints:
         """Returns the step of the newest good checkpoint; None where there is none."""
         return self._manager.latest_step()
 
-    def steps(self) -> list[int]:
-        """Returns the steps of all good checkpoints, in order."""
-        return sorted(self._manager.all_steps())
-
     def record(self) -> Mapping[str, Any]:
         """Returns the JSON values saved beside the newest good checkpoint."""
         restored = self._manager.restore(
@@ -127,17 +123,17 @@ class Checkpoints:
         A step that is saved already is left alone, unless this gives it the accuracy that it lacks
         and an earlier checkpoint would survive a kill meanwhile.
 
-
         Raises UserError where this or an earlier checkpoint could not be written.
         """
         step = int(jax.device_get(state.step))
         self.wait()
-        if step == self._manager.latest_step():
-            if accuracy is None or self._manager.metrics(step) or len(self.steps()) == 1:
-                return
-            self._manager.delete(step)
         self._saving = step
         with self._clear_errors():
+            if step == self._manager.latest_step():
+                alone = len(self._manager.all_steps()) == 1
+                if accuracy is None or self._manager.metrics(step) or alone:
+                    return
+                self._manager.delete(step)
             self._manager.save(
                 step,
                 args=ocp.args.Composite(

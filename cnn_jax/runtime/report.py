@@ -2,8 +2,8 @@
 
 import contextlib
 import functools
+import io
 import json
-import os
 import platform
 import sys
 import time
@@ -213,7 +213,7 @@ def plot_curves(rows: Sequence[Row], path: Path) -> None:
         axis.grid(alpha=0.3)
         if axis.lines:
             axis.legend()
-    temporary = path.with_name(path.name + ".tmp")
-    figure.savefig(temporary, format="png", dpi=120)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=120)
     plt.close(figure)
-    os.replace(temporary, path)
+    write_atomically(path, picture.getvalue())

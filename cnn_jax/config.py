@@ -22,7 +22,7 @@ import jax.numpy as jnp
 
 from cnn_jax.data.datasets import DATASETS, DatasetInfo, dataset_info, split_range
 from cnn_jax.errors import UserError, nearest
-from cnn_jax.models import MODELS, create_model
+from cnn_jax.models import MODELS, create_model, model_class
 from cnn_jax.training.optim import OPTIMIZERS, SCHEDULES
 
 
@@ -461,9 +461,11 @@ def _model_schema(given: Mapping[str, Any]) -> dict[str, Any]:
     name: Any = given.get("model.name")
     if not _allows(_SCHEMA["model.name"], name):
         return {key: Any for key in given if key.startswith("model.") and key != "model.name"}
-    hints = get_type_hints(MODELS[name], include_extras=True)
-    names = {field.name for field in dataclasses.fields(MODELS[name])}
-    names -= {"name", "parent", *(key.removeprefix("model.") for key in _GIVEN_BY)}
+    model = model_class(name)
+    hints = get_type_hints(model, include_extras=True)
+    names = {field.name for field in dataclasses.fields(model)}
+    names -= {"name", "parent", "features_only"}
+    names -= {key.removeprefix("model.") for key in _GIVEN_BY}
     return {f"model.{name}": hints[name] for name in hints if name in names}
 
 

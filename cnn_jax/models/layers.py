@@ -1,64 +1,23 @@
-"""Layers that the blocks are made of."""
+"""The layer that blocks are made of."""
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
+from cnn_jax.models.initialization import KAIMING
+from cnn_jax.models.normalization import Norm, batch_norm
 from cnn_jax.typing import FeatureMap
 
 ModuleFactory: TypeAlias = Callable[..., Any]
-"""Makes a linen module from keyword arguments: a class, or a partial over one."""
+"""Makes a linen module from keyword arguments: a class, or a function that makes one."""
 
 Size: TypeAlias = int | Sequence[int]
 """An extent in pixels: one number for both axes, or (height, width)."""
 
-kaiming_normal_fan_out = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
-"""He et al. 2015 (arXiv:1502.01852) with fan-out, as torchvision initialises its ResNets."""
-
-torch_linear = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
-"""U(-1/sqrt(fan_in), 1/sqrt(fan_in)): the default of `torch.nn.Linear`'s weight."""
-
-
 Activation: TypeAlias = Callable[[Any], jax.Array]
 """A function of each number, such as `nn.relu`."""
-
-Norm: TypeAlias = Callable[..., Callable[[Any], jax.Array]]
-"""Makes the normalisation behind a convolution: `norm(train=..., dtype=..., name=...)(x)`."""
-
-
-GROUP_SIZE = 16
-"""Channels that GroupNorm normalises together."""
-
-
-def batch_norm(*, train: bool, dtype: Any, name: str) -> nn.BatchNorm:
-    """Returns BatchNorm (arXiv:1502.03167) with torch's epsilon and momentum.
-
-    torch writes the weight of the new statistic (0.1), flax that of the old one (0.9). The running
-    variance is the biased one, flax's convention; torch keeps the unbiased one. Parameters and
-    statistics are float32 whatever `dtype` is.
-    """
-    return nn.BatchNorm(
-        use_running_average=not train, momentum=0.9, epsilon=1e-5, dtype=dtype, name=name
-    )
-
-
-def group_norm(*, train: bool, dtype: Any, name: str) -> nn.GroupNorm:
-    """Returns GroupNorm (arXiv:1803.08494), 16 channels a group, for any number of images."""
-    return nn.GroupNorm(
-        num_groups=None, group_size=GROUP_SIZE, epsilon=1e-5, dtype=dtype, name=name
-    )
-
-
-def no_norm(*, train: bool, dtype: Any, name: str) -> Callable[[Any], jax.Array]:
-    """Returns the identity."""
-    return lambda x: x
-
-
-NORMS: dict[str, Norm] = {"batch": batch_norm, "group": group_norm, "none": no_norm}
 
 
 def pair(size: Size) -> tuple[int, int]:
@@ -79,6 +38,13 @@ def symmetric(padding: Size) -> list[tuple[int, int]]:
     return [(height, height), (width, width)]
 
 
+def at_least(least: int, **arguments: Any) -> None:
+    """Raises ValueError for an argument, a number or a sequence of them, below `least`."""
+    for name, value in arguments.items():
+        if min(value if isinstance(value, Sequence) else [value], default=least) < least:
+            raise ValueError(f"{name}={value}: must be >= {least}")
+
+
 class ConvBlock(nn.Module):
     """Convolution, normalisation, activation: `act(norm(W * x + b))`.
 
@@ -89,6 +55,7 @@ class ConvBlock(nn.Module):
       padding: pixels of zeros on each side.
       use_bias: whether the convolution adds `b`. A norm that subtracts a mean makes it redundant;
         the reference has it all the same.
+      groups: shares of the channels that are convolved apart.
       conv, norm, act: what to build the block from; `act=None` leaves the activation out.
       dtype: of the computation; parameters and statistics stay float32.
     """
@@ -98,7 +65,8 @@ class ConvBlock(nn.Module):
     strides: Size = 1
     padding: Size = 1
     use_bias: bool = True
-    conv: ModuleFactory = functools.partial(nn.Conv, kernel_init=kaiming_normal_fan_out)
+    groups: int = 1
+    conv: ModuleFactory = KAIMING.conv
     norm: Norm = batch_norm
     act: Activation | None = nn.relu
     dtype: Any = None
@@ -106,6 +74,15 @@ class ConvBlock(nn.Module):
     @nn.compact
     def __call__(self, x: FeatureMap, *, train: bool) -> FeatureMap:
         """Returns [b, floor((h - K + 2P) / S) + 1, the same of w, features]."""
+        at_least(1, features=self.features, kernel_size=self.kernel_size, strides=self.strides)
+        at_least(0, padding=self.padding)
+        at_least(1, groups=self.groups)
+        if x.shape[-1] % self.groups or self.features % self.groups:
+            raise ValueError(
+                f"groups={self.groups}: must divide the {x.shape[-1]} channels of the input and "
+                f"features={self.features}"
+            )
+        grouped = {"feature_group_count": self.groups} if self.groups > 1 else {}
         x = self.conv(
             self.features,
             kernel_size=pair(self.kernel_size),
@@ -114,22 +91,12 @@ class ConvBlock(nn.Module):
             use_bias=self.use_bias,
             dtype=self.dtype,
             name="conv",
+            **grouped,
         )(x)
         if 0 in x.shape:
             raise ValueError(
-                f"features={self.features}, kernel_size={self.kernel_size}, "
-                f"padding={self.padding}: must leave an output of at least one pixel and channel"
+                f"kernel_size={self.kernel_size}, padding={self.padding}: must leave an output of "
+                "at least one pixel"
             )
         x = self.norm(train=train, dtype=self.dtype, name="norm")(x)
         return x if self.act is None else self.act(x)
-
-
-def max_pool(x: FeatureMap, *, window: Size, strides: Size, padding: Size = 0) -> FeatureMap:
-    """Returns the largest value of each window; padding counts as minus infinity."""
-    sides: Any = symmetric(padding)  # flax's annotation knows "SAME" and "VALID" only
-    return nn.max_pool(x, pair(window), strides=pair(strides), padding=sides)
-
-
-def global_average_pool(x: FeatureMap) -> jax.Array:
-    """Returns the mean over height and width, [b, c]; summed in float32."""
-    return jnp.mean(x, axis=(1, 2), dtype=jnp.promote_types(x.dtype, jnp.float32))

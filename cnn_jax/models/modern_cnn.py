@@ -1,126 +1,147 @@
-"""ModernCNN: the reference network, from a 28x28 classifier to ResNet-50."""
+"""ModernCNN: the reference network, from a 28x28 classifier to ResNet-152 and its relatives."""
 
 import functools
 from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
-import jax.numpy as jnp
 
-from cnn_jax.models.blocks import BottleneckBlock, ResidualBlock, projection
-from cnn_jax.models.layers import (
-    GROUP_SIZE,
-    NORMS,
-    ConvBlock,
-    global_average_pool,
-    max_pool,
-    torch_linear,
+from cnn_jax.models.attention import ATTENTIONS
+from cnn_jax.models.blocks import (
+    BottleneckBlock,
+    ResidualBlock,
+    average_projection,
+    projection,
 )
-from cnn_jax.typing import FeatureMap, Images, Logits
+from cnn_jax.models.classifier import Classifier, check_images, depth_rates, one_of
+from cnn_jax.models.initialization import KAIMING, TORCH
+from cnn_jax.models.layers import ConvBlock, at_least
+from cnn_jax.models.normalization import GROUP_SIZE, NORMS
+from cnn_jax.models.pooling import blur_pool, max_pool
+from cnn_jax.typing import FeatureMap, Images
 
-STEM_STRIDES = {"large": 4, "medium": 2, "small": 1}
+STEM_STRIDES = {"large": 4, "deep": 4, "medium": 2, "small": 1}
 BLOCKS = ("bottleneck", "residual")
 VARIANTS = ("standard", "literal")
+DOWNSAMPLES = {"projection": projection, "average": average_projection}
+INITIALIZATIONS = {"torchvision": KAIMING, "torch": TORCH}
 
 
-def one_of(argument: str, value: str, allowed: Sequence[str]) -> None:
-    """Raises ValueError unless `value` is allowed."""
-    if value not in allowed:
-        raise ValueError(f"{argument}={value!r}: must be one of {', '.join(map(repr, allowed))}")
-
-
-class ModernCNN(nn.Module):
+class ModernCNN(Classifier):
     """The residual network of the reference: stem, stages of residual blocks, global pool, head.
 
     The reference as printed cannot run: its blocks end at `width` channels and its shortcuts at
     four times that. Its widths, its (3, 4, 6, 3) blocks and its 2048-wide head mean bottlenecks,
     so the default is ResNet-50 (torchvision's, 25,557,032 parameters at 1000 classes).
 
-    Attributes:
-      num_classes: width of the head.
+    Attributes, beside those of `Classifier`:
       stage_sizes: residual blocks in each stage; stage i is 2**i times `width` wide, and each stage
         but the first halves the image.
       width: channels of the stem and of the first stage's 3x3 convolutions.
-      stem: "large" (7x7 stride 2, then 3x3 max pool stride 2) for images from about 100 pixels;
-        "medium" (3x3 stride 2) and "small" (3x3 stride 1) below.
+      stem: "large" (7x7 stride 2, then 3x3 max pool stride 2) or "deep" (three 3x3, ResNet-D's)
+        for images from about 100 pixels; "medium" (3x3 stride 2) and "small" (3x3 stride 1) below.
       block: "bottleneck" (stage output 4 times its width) or "residual" (3x3 and 3x3).
       variant: "standard", or "literal" for what the reference prints: convolutions with bias, and a
         ReLU before the addition as well as behind it (25,583,592 parameters).
-      norm: "batch", "group" or "none"; without a norm, convolutions have biases in either variant.
-      dtype: of the computation; parameters, statistics and logits are float32.
+      groups, width_per_group: of bottlenecks; ResNeXt and Wide ResNet.
+      attention: "none", "squeeze_excite", "efficient_channel" or "cbam", in every block.
+      downsample: "projection", or "average" for ResNet-D's average before it.
+      anti_alias: whether strides of 3x3 convolutions and of the stem's pool blur first.
+      zero_init_last: whether each block starts as the identity.
+      stochastic_depth_rate: of the last block, the others' rising linearly from 0 at the first.
     """
 
-    num_classes: int = 1000
     stage_sizes: Sequence[int] = (3, 4, 6, 3)
     width: int = 64
     stem: str = "large"
     block: str = "bottleneck"
     variant: str = "standard"
-    norm: str = "batch"
-    dtype: Any = None
+    groups: int = 1
+    width_per_group: int = 64
+    attention: str = "none"
+    downsample: str = "projection"
+    anti_alias: bool = False
+    zero_init_last: bool = False
+    stochastic_depth_rate: float = 0.0
 
     @property
-    def total_stride(self) -> int:
-        """Pixels of the image between two neighbours of the last feature map."""
-        return STEM_STRIDES[self.stem] * 2 ** (len(self.stage_sizes) - 1)
-
-    def setup(self):
-        self.head = nn.Dense(self.num_classes, kernel_init=torch_linear, dtype=jnp.float32)
-
-    def __call__(self, images: Images, *, train: bool) -> Logits:
-        """Returns float32 logits [b, num_classes] of normalised images [b, h, w, c].
-
-        Raises ValueError for an unknown name, or an image smaller than `total_stride`.
-        """
-        return self.head(global_average_pool(self.stages(images, train=train)[-1]))
+    def feature_strides(self) -> tuple[int, ...]:
+        return tuple(STEM_STRIDES[self.stem] * 2**stage for stage in range(len(self.stage_sizes)))
 
     @nn.compact
     def stages(self, images: Images, *, train: bool) -> list[FeatureMap]:
-        """Returns the feature maps of the stem and of every stage, finest first."""
         self._check(images)
         literal = self.variant == "literal"
+        initialization = INITIALIZATIONS[self.initialization]
         parts: dict[str, Any] = {
-            "use_bias": literal or self.norm == "none",
+            "conv": initialization.conv,
             "norm": NORMS[self.norm],
             "dtype": self.dtype,
         }
-        if self.stem == "large":
-            stem = ConvBlock(self.width, kernel_size=7, strides=2, padding=3, name="stem", **parts)
-            x = max_pool(stem(images, train=train), window=3, strides=2, padding=1)
-        else:
-            stem = ConvBlock(self.width, strides=STEM_STRIDES[self.stem], name="stem", **parts)
-            x = stem(images, train=train)
+        attention = ATTENTIONS[self.attention]
+        if attention is not None:
+            attention = functools.partial(attention, dense=initialization.dense, **parts)
+        parts["use_bias"] = literal or self.norm == "none"
+        make_block, expansion = ResidualBlock, 1
+        if self.block == "bottleneck":
+            expansion = BottleneckBlock.expansion
+            make_block = functools.partial(
+                BottleneckBlock, groups=self.groups, width_per_group=self.width_per_group
+            )
 
+        x = self._stem(images, parts, train=train)
         maps = [x]
-        make_block = BottleneckBlock if self.block == "bottleneck" else ResidualBlock
-        expansion = BottleneckBlock.expansion if self.block == "bottleneck" else 1
-        for stage, num_blocks in enumerate(self.stage_sizes):
+        rates = depth_rates(self.stochastic_depth_rate, self.stage_sizes)
+        for stage, stage_rates in enumerate(rates):
             features = self.width * 2**stage
-            for index in range(num_blocks):
+            outputs = features * expansion
+            for index, rate in enumerate(stage_rates):
                 strides = 2 if stage > 0 and index == 0 else 1
-                fits = strides == 1 and x.shape[-1] == features * expansion
+                downsample = None
+                if strides > 1 or x.shape[-1] != outputs:
+                    downsample = functools.partial(
+                        DOWNSAMPLES[self.downsample], outputs, strides=strides, **parts
+                    )
                 x = make_block(
                     features,
                     strides=strides,
-                    downsample=None
-                    if fits
-                    else functools.partial(
-                        projection, features * expansion, strides=strides, **parts
-                    ),
+                    downsample=downsample,
                     relu_before_add=literal,
+                    zero_init_last=self.zero_init_last,
+                    attention=attention,
+                    stochastic_depth_rate=rate,
+                    anti_alias=self.anti_alias,
                     name=f"stage{stage + 1}_block{index + 1}",
                     **parts,
                 )(x, train=train)
             maps.append(x)
         return maps
 
+    def _stem(self, images: Images, parts: dict[str, Any], *, train: bool) -> FeatureMap:
+        block = functools.partial(ConvBlock, **parts)
+        if self.stem in ("medium", "small"):
+            strides = STEM_STRIDES[self.stem]
+            return block(self.width, strides=strides, name="stem")(images, train=train)
+        if self.stem == "large":
+            stem = block(self.width, kernel_size=7, strides=2, padding=3, name="stem")
+            x = stem(images, train=train)
+        else:
+            x = block(self.width // 2, strides=2, name="stem1")(images, train=train)
+            x = block(self.width // 2, name="stem2")(x, train=train)
+            x = block(self.width, name="stem3")(x, train=train)
+        if self.anti_alias:
+            return blur_pool(max_pool(x, window=3, strides=1, padding=1))
+        return max_pool(x, window=3, strides=2, padding=1)
+
     def _check(self, images: Images) -> None:
-        one_of("stem", self.stem, tuple(STEM_STRIDES))
+        one_of("stem", self.stem, STEM_STRIDES)
         one_of("block", self.block, BLOCKS)
         one_of("variant", self.variant, VARIANTS)
-        one_of("norm", self.norm, tuple(NORMS))
-        if self.width < 1:
-            raise ValueError(f"width={self.width}: must be >= 1")
+        one_of("norm", self.norm, NORMS)
+        one_of("attention", self.attention, ATTENTIONS)
+        one_of("downsample", self.downsample, DOWNSAMPLES)
+        one_of("initialization", self.initialization, INITIALIZATIONS)
+        at_least(2 if self.stem == "deep" else 1, width=self.width)
         if self.norm == "group" and self.width % GROUP_SIZE:
             raise ValueError(
                 f"width={self.width}: must be a multiple of {GROUP_SIZE} with norm='group'"
@@ -129,9 +150,32 @@ class ModernCNN(nn.Module):
             raise ValueError(
                 f"stage_sizes={self.stage_sizes}: must be one or more numbers of blocks, each >= 1"
             )
-        if images.ndim != 4 or min(images.shape[1:3]) < self.total_stride:
+        if self.block == "residual" and (self.groups, self.width_per_group) != (1, 64):
             raise ValueError(
-                f"images of shape {tuple(images.shape)}: must be [batch, height, width, channels] "
-                f"with height and width of at least {self.total_stride} pixels, the stride of "
-                f"stem={self.stem!r} with {len(self.stage_sizes)} stages"
+                f"groups={self.groups}, width_per_group={self.width_per_group}: "
+                "must be 1 and 64 with block='residual'; they shape bottlenecks"
             )
+        check_images(images, self.feature_strides[-1])
+
+
+resnet50 = functools.partial(ModernCNN)
+modern_cnn_literal = functools.partial(ModernCNN, variant="literal")
+resnet18 = functools.partial(ModernCNN, block="residual", stage_sizes=(2, 2, 2, 2))
+resnet34 = functools.partial(ModernCNN, block="residual")
+resnet101 = functools.partial(ModernCNN, stage_sizes=(3, 4, 23, 3))
+resnet152 = functools.partial(ModernCNN, stage_sizes=(3, 8, 36, 3))
+resnext50_32x4d = functools.partial(ModernCNN, groups=32, width_per_group=4)
+wide_resnet50_2 = functools.partial(ModernCNN, width_per_group=128)
+resnet50d = functools.partial(ModernCNN, stem="deep", downsample="average")
+seresnet50 = functools.partial(ModernCNN, attention="squeeze_excite")
+ecaresnet50 = functools.partial(ModernCNN, attention="efficient_channel")
+cbam_resnet50 = functools.partial(ModernCNN, attention="cbam")
+
+resnet_mini = functools.partial(
+    ModernCNN, block="residual", stage_sizes=(1, 1, 1), width=16, stem="small"
+)
+bottleneck_mini = functools.partial(resnet_mini, block="bottleneck")
+resnext_mini = functools.partial(bottleneck_mini, groups=4, width_per_group=32)
+seresnet_mini = functools.partial(resnet_mini, attention="squeeze_excite")
+ecaresnet_mini = functools.partial(resnet_mini, attention="efficient_channel")
+cbam_resnet_mini = functools.partial(resnet_mini, attention="cbam")

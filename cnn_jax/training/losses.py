@@ -16,7 +16,9 @@ def cross_entropy(logits: Logits, labels: Labels, *, label_smoothing: float = 0.
     """Returns `-sum_k q_k log softmax(logits)_k` for each example, in nats.
 
     `q` is `1 - label_smoothing` on the label plus `label_smoothing / K` on each of the K classes
-    (Szegedy et al. 2015, arXiv:1512.00567), torch's `CrossEntropyLoss(label_smoothing=...)`.
+    (Szegedy et al. 2015, arXiv:1512.00567), torch's `CrossEntropyLoss(label_smoothing=...)`. In
+    float32 at least.
     """
-    targets = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1]), label_smoothing)
-    return optax.softmax_cross_entropy(logits.astype(jnp.float32), targets)
+    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    targets = jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype)
+    return optax.softmax_cross_entropy(logits, optax.smooth_labels(targets, label_smoothing))

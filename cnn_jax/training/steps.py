@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from cnn_jax.training.augment import Augment, example_keys
+from cnn_jax.training.freezing import Frozen, frozen_statistics, stop_gradients
 from cnn_jax.training.losses import Loss, cross_entropy
 from cnn_jax.training.metrics import metric_sums
 from cnn_jax.training.state import TrainState
@@ -25,6 +26,7 @@ def make_train_step(
     loss: Loss = cross_entropy,
     normalize: Normalize = lambda images: images,
     augment: Augment | None = None,
+    frozen: Frozen | None = None,
 ) -> TrainStep:
     """Returns `step(state, batch, key) -> (state, metric sums)`.
 
@@ -32,7 +34,10 @@ def make_train_step(
     global batch. The metrics are the sums of `loss` and `accuracy` over `count` examples, the norm
     of the gradient as `grad_norm`, and `finite`: 1 where loss and gradient are finite numbers.
     With `augment`, examples are changed by keys of (key, epoch, index), which the batch names.
+    Parameters that are `frozen` have no gradient and their BatchNorms keep their statistics; give
+    `freeze_updates(tx, frozen)` as the optimiser, since momentum and weight decay move them too.
     """
+    frozen = frozen or (lambda path: False)
 
     def step(state: TrainState, batch: Batch, key: jax.Array) -> tuple[TrainState, Metrics]:
         images, labels = batch["image"], batch["label"]
@@ -41,13 +46,18 @@ def make_train_step(
         images = normalize(images)
 
         def mean_loss(params: Any) -> tuple[jax.Array, Any]:
-            logits, updated = model.apply(
-                {"params": params, "batch_stats": state.batch_stats},
-                images,
-                train=True,
-                mutable=["batch_stats"],
-                rngs={"dropout": jax.random.fold_in(key, state.step)},
-            )
+            variables = {
+                "params": stop_gradients(params, frozen),
+                "batch_stats": state.batch_stats,
+            }
+            with frozen_statistics(frozen):
+                logits, updated = model.apply(
+                    variables,
+                    images,
+                    train=True,
+                    mutable=["batch_stats"],
+                    rngs={"dropout": jax.random.fold_in(key, state.step)},
+                )
             losses = loss(logits, labels)
             return jnp.mean(losses), (logits, losses, updated.get("batch_stats", {}))
 

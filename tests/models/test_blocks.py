@@ -22,7 +22,9 @@ from cnn_jax.models import blocks
 )
 def test_residual_block(assert_matches, shape, features, strides, project, arguments):
     downsample = functools.partial(blocks.projection, features, strides=strides)
-    block = ResidualBlock(features, strides, downsample if project else None, **arguments)
+    block = ResidualBlock(
+        features, strides, downsample=downsample if project else None, **arguments
+    )
     assert_matches(
         block,
         oracles.residual_block,
@@ -44,7 +46,11 @@ def test_residual_block(assert_matches, shape, features, strides, project, argum
 def test_bottleneck_block(assert_matches, shape, features, strides, expansion, project, arguments):
     downsample = functools.partial(blocks.projection, features * expansion, strides=strides)
     block = BottleneckBlock(
-        features, strides, expansion, downsample if project else None, **arguments
+        features,
+        strides,
+        expansion=expansion,
+        downsample=downsample if project else None,
+        **arguments,
     )
     assert_matches(
         block,

@@ -10,7 +10,7 @@ import oracles
 import pytest
 
 from cnn_jax import ConvBlock
-from cnn_jax.models import layers
+from cnn_jax.models import normalization, pooling
 
 
 @pytest.mark.parametrize(
@@ -57,9 +57,9 @@ def test_conv_block_is_built_of_the_parts_it_is_given(assert_matches, parts, arg
 @pytest.mark.parametrize(
     ("norm", "expected"),
     [
-        (layers.batch_norm, {"params": {"conv", "norm"}, "batch_stats": {"norm"}}),
-        (layers.group_norm, {"params": {"conv", "norm"}}),
-        (layers.no_norm, {"params": {"conv"}}),
+        (normalization.batch_norm, {"params": {"conv", "norm"}, "batch_stats": {"norm"}}),
+        (normalization.group_norm, {"params": {"conv", "norm"}}),
+        (normalization.no_norm, {"params": {"conv"}}),
     ],
 )
 def test_conv_block_has_the_norm_it_is_given(assert_matches, norm, expected):
@@ -76,14 +76,14 @@ def test_conv_block_has_the_norm_it_is_given(assert_matches, norm, expected):
 def test_max_pool(shape, window, strides, padding):
     images = np.random.default_rng(0).normal(size=shape).astype(np.float32) - 5
     np.testing.assert_array_equal(
-        layers.max_pool(jnp.asarray(images), window=window, strides=strides, padding=padding),
+        pooling.max_pool(jnp.asarray(images), window=window, strides=strides, padding=padding),
         oracles.max_pool(images, window, strides=strides, padding=padding),
     )
 
 
 def test_global_average_pool_sums_in_float32():
     images = jnp.full((2, 64, 65, 3), 1.0078125, jnp.bfloat16)
-    pooled = layers.global_average_pool(images)
+    pooled = pooling.global_average_pool(images)
     assert pooled.dtype == jnp.float32
     np.testing.assert_allclose(pooled, oracles.global_average_pool(np.asarray(images)), rtol=1e-6)
 

@@ -1,0 +1,118 @@
+"""What all models share: stages of feature maps, and a head that classifies the last."""
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from cnn_jax.models.initialization import TORCH, Initialization
+from cnn_jax.models.layers import at_least
+from cnn_jax.models.normalization import Norm
+from cnn_jax.models.pooling import POOLS
+from cnn_jax.typing import FeatureMap, Images, Logits
+
+
+def one_of(argument: str, value: str, allowed: Collection[str]) -> None:
+    """Raises ValueError unless `value` is allowed."""
+    if value not in allowed:
+        raise ValueError(f"{argument}={value!r}: must be one of {', '.join(map(repr, allowed))}")
+
+
+class Head(nn.Module):
+    """Global pooling, norm if any, dropout, one dense layer.
+
+    Attributes:
+      num_classes: width of the dense layer.
+      pool: "average", "max" or "generalized_mean".
+      norm: of the pooled channels, or None.
+      dropout_rate: share of the pooled channels that are 0 while training.
+      initialization: of the dense layer.
+    """
+
+    num_classes: int
+    pool: str = "average"
+    norm: Norm | None = None
+    dropout_rate: float = 0.0
+    initialization: Initialization = TORCH
+
+    @nn.compact
+    def __call__(self, x: FeatureMap, *, train: bool) -> Logits:
+        """Returns logits [b, num_classes], in float32 whatever the images were, unless float64."""
+        at_least(1, num_classes=self.num_classes)
+        one_of("pool", self.pool, POOLS)
+        if not 0 <= self.dropout_rate < 1:
+            raise ValueError(f"dropout_rate={self.dropout_rate}: must be >= 0 and < 1")
+        pool = POOLS[self.pool]
+        pooled = pool(name="pool")(x) if isinstance(pool, type) else pool(x)
+        if self.norm is not None:
+            pooled = self.norm(train=train, dtype=pooled.dtype, name="norm")(pooled)
+        pooled = nn.Dropout(self.dropout_rate, deterministic=not train)(pooled)
+        channels = pooled.shape[-1]
+        shape = (channels, self.num_classes)
+        kernel = self.param("kernel", self.initialization.kernel, shape, jnp.float32)
+        bias = self.param("bias", self.initialization.bias(channels), shape[1:], jnp.float32)
+        return pooled @ kernel + bias.reshape(1, -1)
+
+
+class Classifier(nn.Module):
+    """A network of stages, each a feature map coarser than the last, and a head.
+
+    Attributes:
+      num_classes: width of the head.
+      norm: a name in `NORMS`; without a norm, convolutions have biases.
+      pool: of the head: "average", "max" or "generalized_mean".
+      initialization: "torchvision", as torchvision starts this network, or "torch", the defaults of
+        torch's layers.
+      features_only: whether to return the stages' outputs instead of logits, without a head.
+      dtype: of the computation; parameters, statistics and logits are float32.
+    """
+
+    num_classes: int = 1000
+    norm: str = "batch"
+    pool: str = "average"
+    initialization: str = "torchvision"
+    features_only: bool = False
+    dtype: Any = None
+
+    @property
+    def feature_strides(self) -> tuple[int, ...]:
+        """Pixels of the image between two neighbours, for each map that `features_only` returns."""
+        raise NotImplementedError
+
+    def stages(self, images: Images, *, train: bool) -> list[FeatureMap]:
+        """Returns the feature maps of the stem and of every stage, finest first."""
+        raise NotImplementedError
+
+    def make_head(self) -> Head:
+        """Returns the head."""
+        return Head(self.num_classes, self.pool)
+
+    def setup(self):
+        if not self.features_only:
+            self.head = self.make_head()
+
+    def __call__(self, images: Images, *, train: bool) -> Logits | list[FeatureMap]:
+        """Returns float32 logits [b, num_classes] of normalised images [b, h, w, c].
+
+        With `features_only`, returns the feature map of every stage instead, finest first. Raises
+        ValueError for an argument that cannot be, or an image smaller than the last stage's stride.
+        """
+        maps = self.stages(images, train=train)
+        return maps[1:] if self.features_only else self.head(maps[-1], train=train)
+
+
+def check_images(images: Images, stride: int) -> None:
+    """Raises ValueError unless these are images of at least `stride` pixels each way."""
+    if images.ndim != 4 or min(images.shape[1:3]) < stride or images.shape[-1] < 1:
+        raise ValueError(
+            f"images of shape {tuple(images.shape)}: must be [batch, height, width, channels] "
+            f"with height and width of at least {stride} pixels, the stride of the last stage"
+        )
+
+
+def depth_rates(rate: float, stage_sizes: Sequence[int]) -> list[list[float]]:
+    """Returns each block's rate of stochastic depth, by stage: from 0 linearly up to `rate`."""
+    last = max(1, sum(stage_sizes) - 1)
+    rates = iter(rate * index / last for index in range(sum(stage_sizes)))
+    return [[next(rates) for _ in range(size)] for size in stage_sizes]

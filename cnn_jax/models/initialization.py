@@ -1,0 +1,96 @@
+"""What a layer's weights are before training, by the conventions of torch and torchvision."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import flax.linen as nn
+import jax
+
+from cnn_jax.typing import Array
+
+Initializer: TypeAlias = Callable[..., Any]
+"""Makes an array: `initializer(key, shape, dtype)`."""
+
+kaiming_normal_fan_out = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+"""He et al. 2015 (arXiv:1502.01852) with fan-out, as torchvision initialises its ResNets."""
+
+torch_uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+"""U(-1/sqrt(fan_in), 1/sqrt(fan_in)): the default of torch's `Conv2d` and `Linear` weights."""
+
+
+def torch_bias(fan_in: int) -> Initializer:
+    """Returns U(-1/sqrt(fan_in), 1/sqrt(fan_in)): the default of torch's biases."""
+    bound = 1 / math.sqrt(fan_in)
+
+    def initialize(key: jax.Array, shape: Sequence[int], dtype: Any) -> jax.Array:
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return initialize
+
+
+def zero_bias(fan_in: int) -> Initializer:
+    """Returns the initialiser of zeros."""
+    return nn.initializers.zeros
+
+
+@dataclasses.dataclass(frozen=True)
+class Initialization:
+    """Makes convolutions and dense layers whose weights start in one way.
+
+    Attributes:
+      kernel: initialiser of kernels.
+      bias: makes the initialiser of a bias from the number of inputs of an output, the fan-in.
+    """
+
+    kernel: Initializer
+    bias: Callable[[int], Initializer]
+
+    def conv(
+        self,
+        features: int,
+        *,
+        kernel_size: Sequence[int],
+        feature_group_count: int = 1,
+        **arguments: Any,
+    ) -> Callable[[Array], jax.Array]:
+        """Returns an `nn.Conv`, to be called inside a compact method."""
+
+        def convolve(x: Array) -> jax.Array:
+            fan_in = math.prod(kernel_size) * x.shape[-1] // feature_group_count
+            return nn.Conv(
+                features,
+                kernel_size,
+                feature_group_count=feature_group_count,
+                kernel_init=self.kernel,
+                bias_init=self.bias(max(1, fan_in)),
+                **arguments,
+            )(x)
+
+        return convolve
+
+    def dense(self, features: int, **arguments: Any) -> Callable[[Array], jax.Array]:
+        """Returns an `nn.Dense`, to be called inside a compact method; each call makes one."""
+
+        def multiply(x: Array) -> jax.Array:
+            return nn.Dense(
+                features,
+                kernel_init=self.kernel,
+                bias_init=self.bias(max(1, x.shape[-1])),
+                **arguments,
+            )(x)
+
+        return multiply
+
+
+KAIMING = Initialization(kaiming_normal_fan_out, zero_bias)
+TORCH = Initialization(torch_uniform, torch_bias)
+
+
+def normal(stddev: float, bias: Callable[[int], Initializer]) -> Initialization:
+    """Returns N(0, stddev**2) kernels.
+
+    torchvision cuts them at -2 and 2, a hundred deviations away: never.
+    """
+    return Initialization(nn.initializers.normal(stddev), bias)

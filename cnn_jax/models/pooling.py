@@ -1,0 +1,146 @@
+"""Pooling: windows of a feature map, and the whole of it."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from cnn_jax.models.layers import Size, pair
+from cnn_jax.typing import Array, FeatureMap
+
+
+def max_pool(
+    x: FeatureMap, *, window: Size, strides: Size, padding: Size = 0, ceil_mode: bool = False
+) -> FeatureMap:
+    """Returns the largest value of each window; padding counts as minus infinity.
+
+    With `ceil_mode`, a last window that reaches over the edge is kept, as torch does.
+    """
+    sides: Any = _sides(x, window, strides, padding, ceil_mode)
+    return nn.max_pool(x, pair(window), strides=pair(strides), padding=sides)
+
+
+def average_pool(
+    x: FeatureMap,
+    *,
+    window: Size,
+    strides: Size,
+    padding: Size = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+) -> FeatureMap:
+    """Returns the mean of each window, by torch's rules.
+
+    `count_include_pad` counts the zeros of `padding` as pixels; what `ceil_mode` adds never counts.
+    """
+    sides = _sides(x, window, strides, padding, ceil_mode)
+
+    def sums(values: Array, padding: Any) -> jax.Array:
+        return nn.pool(values, 0.0, jax.lax.add, pair(window), pair(strides), padding)
+
+    pixels, padded = jnp.ones((1, *x.shape[1:3], 1), x.dtype), sides
+    if count_include_pad:
+        edges = [(before, before) for before, _ in sides]
+        pixels = jnp.pad(pixels, [(0, 0), *edges, (0, 0)], constant_values=1)
+        padded = [(0, after - before) for before, after in sides]
+    return sums(x, sides) / sums(pixels, padded)
+
+
+def _sides(
+    x: FeatureMap, window: Size, strides: Size, padding: Size, ceil_mode: bool
+) -> list[tuple[int, int]]:
+    """Returns the pixels before and behind each image axis; ValueError where no window fits."""
+    sides = []
+    for size, extent, stride, edge in zip(
+        x.shape[1:3], pair(window), pair(strides), pair(padding), strict=True
+    ):
+        if min(extent, stride) < 1 or not 0 <= 2 * edge <= extent:
+            raise ValueError(
+                f"window={window}, strides={strides}, padding={padding}: window and strides must "
+                "be >= 1, and padding between 0 and half the window"
+            )
+        rest = size + 2 * edge - extent
+        if rest < 0:
+            raise ValueError(
+                f"window={window}, padding={padding}: must not be larger than the feature map of "
+                f"{x.shape[1]} x {x.shape[2]} pixels with its padding"
+            )
+        behind = edge
+        if ceil_mode:
+            steps = math.ceil(rest / stride)
+            if steps * stride >= size + edge:  # the window would see padding alone
+                steps -= 1
+            behind += max(0, steps * stride - rest)
+        sides.append((edge, behind))
+    return sides
+
+
+def blur_pool(x: FeatureMap, *, strides: int = 2, kernel_size: int = 3) -> FeatureMap:
+    """Returns x blurred by a binomial filter, then every `strides`-th pixel of it.
+
+    Zhang 2019, "Making Convolutional Networks Shift-Invariant Again" (arXiv:1904.11486); the edges
+    are reflected. A strided convolution aliases: its output jumps when the image moves by a pixel.
+    """
+    if kernel_size < 2 or strides < 1:
+        raise ValueError(
+            f"kernel_size={kernel_size}, strides={strides}: must be >= 2 and >= 1 pixels"
+        )
+    taps = [math.comb(kernel_size - 1, k) / 2 ** (kernel_size - 1) for k in range(kernel_size)]
+    edge = (strides - 1 + kernel_size - 1) // 2
+    if min(x.shape[1:3]) <= edge:
+        raise ValueError(
+            f"a feature map of {x.shape[1]} x {x.shape[2]} pixels: must be larger than the "
+            f"{edge} pixels that are reflected"
+        )
+    channels = x.shape[-1]
+    kernel = jnp.outer(jnp.asarray(taps, x.dtype), jnp.asarray(taps, x.dtype))
+    return jax.lax.conv_general_dilated(
+        jnp.pad(x, [(0, 0), (edge, edge), (edge, edge), (0, 0)], mode="reflect"),
+        jnp.tile(kernel[:, :, None, None], (1, 1, 1, channels)),
+        window_strides=(strides, strides),
+        padding="VALID",
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=channels,
+    )
+
+
+def global_average_pool(x: FeatureMap) -> jax.Array:
+    """Returns the mean over height and width, [b, c]; in float32 at least."""
+    return jnp.mean(x, axis=(1, 2), dtype=jnp.promote_types(x.dtype, jnp.float32))
+
+
+def global_max_pool(x: FeatureMap) -> jax.Array:
+    """Returns the largest value over height and width, [b, c]; in float32 at least."""
+    return jnp.max(x, axis=(1, 2)).astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+class GeneralizedMeanPool(nn.Module):
+    """`mean(max(x, epsilon) ** p) ** (1 / p)` over height and width, with a learned p.
+
+    Radenovic et al. 2018 (arXiv:1711.02512): p = 1 is the average, a large p the maximum.
+
+    Attributes:
+      power: p to start from.
+      epsilon: the least value that counts, so that the power is defined.
+    """
+
+    power: float = 3.0
+    epsilon: float = 1e-6
+
+    @nn.compact
+    def __call__(self, x: FeatureMap) -> jax.Array:
+        """Returns [b, c] in float32 at least."""
+        power = self.param("power", nn.initializers.constant(self.power), (1,), jnp.float32)
+        x = jnp.maximum(x.astype(jnp.promote_types(x.dtype, jnp.float32)), self.epsilon)
+        mean = jnp.mean(x ** power.reshape(1, 1, 1, 1), axis=(1, 2))
+        return mean ** (1 / power).reshape(1, 1)
+
+
+POOLS: dict[str, Callable[[Any], jax.Array] | type[nn.Module]] = {
+    "average": global_average_pool,
+    "max": global_max_pool,
+    "generalized_mean": GeneralizedMeanPool,
+}

@@ -27,6 +27,7 @@ class Attention(nn.Module):
     act: Activation = nn.relu
     dtype: Any = None
 
+    @nn.nowrap
     def narrowed(self, channels: int, reduction: int) -> int:
         """Returns the width of a gate's narrow layer, at least 1."""
         at_least(1, reduction=reduction)

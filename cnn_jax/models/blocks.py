@@ -89,6 +89,7 @@ class Residual(nn.Module):
     act: Activation = nn.relu
     dtype: Any = None
 
+    @nn.nowrap
     def block(self, features: int, **arguments: Any) -> ConvBlock:
         """Returns a ConvBlock of this block's parts, but for what `arguments` say."""
         parts = {
@@ -100,12 +101,14 @@ class Residual(nn.Module):
         }
         return ConvBlock(features, **parts | arguments)
 
+    @nn.nowrap
     def strided(self, x: FeatureMap, block: Callable[..., ConvBlock], *, train: bool) -> FeatureMap:
         """Returns x through a block that takes this one's strides."""
         if not self.anti_alias or self.strides == 1:
             return block(strides=self.strides)(x, train=train)
         return blur_pool(block(strides=1)(x, train=train), strides=self.strides)
 
+    @nn.nowrap
     def last(self) -> dict[str, Any]:
         """Returns what is different in the last ConvBlock of F."""
         if not self.zero_init_last:
@@ -120,6 +123,7 @@ class Residual(nn.Module):
             "norm": functools.partial(self.norm, scale_init=nn.initializers.zeros),
         }
 
+    @nn.nowrap
     def add(self, x: FeatureMap, y: FeatureMap, *, train: bool) -> FeatureMap:
         """Returns `act(Y + X)` from the input and the convolved branch."""
         if self.attention is not None:

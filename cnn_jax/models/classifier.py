@@ -46,7 +46,8 @@ class Head(nn.Module):
         pool = POOLS[self.pool]
         pooled = pool(name="pool")(x) if isinstance(pool, type) else pool(x)
         if self.norm is not None:
-            pooled = self.norm(train=train, dtype=pooled.dtype, name="norm")(pooled)
+            norm = self.norm(train=train, dtype=pooled.dtype, name="norm")
+            pooled = norm(pooled[:, None, None, :])[:, 0, 0, :]
         pooled = nn.Dropout(self.dropout_rate, deterministic=not train)(pooled)
         channels = pooled.shape[-1]
         shape = (channels, self.num_classes)
@@ -84,11 +85,18 @@ class Classifier(nn.Module):
         """Returns the feature maps of the stem and of every stage, finest first."""
         raise NotImplementedError
 
+    @nn.nowrap
+    def check(self) -> None:
+        """Raises ValueError for an attribute that cannot be."""
+        raise NotImplementedError
+
+    @nn.nowrap
     def make_head(self) -> Head:
         """Returns the head."""
         return Head(self.num_classes, self.pool)
 
     def setup(self):
+        self.check()
         if not self.features_only:
             self.head = self.make_head()
 
@@ -112,7 +120,16 @@ def check_images(images: Images, stride: int) -> None:
 
 
 def depth_rates(rate: float, stage_sizes: Sequence[int]) -> list[list[float]]:
-    """Returns each block's rate of stochastic depth, by stage: from 0 linearly up to `rate`."""
+    """Returns each block's rate of stochastic depth, by stage: from 0 linearly up to `rate`.
+
+    Raises ValueError for a rate, or a number of blocks, that cannot be.
+    """
+    if not 0 <= rate < 1:
+        raise ValueError(f"stochastic_depth_rate={rate}: must be >= 0 and < 1")
+    if not stage_sizes or min(stage_sizes) < 1:
+        raise ValueError(
+            f"stage_sizes={stage_sizes}: must be one or more numbers of blocks, each >= 1"
+        )
     last = max(1, sum(stage_sizes) - 1)
     rates = iter(rate * index / last for index in range(sum(stage_sizes)))
     return [[next(rates) for _ in range(size)] for size in stage_sizes]

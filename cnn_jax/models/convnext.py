@@ -40,6 +40,7 @@ class ConvNeXt(Classifier):
     def feature_strides(self) -> tuple[int, ...]:
         return tuple(STEM_STRIDES[self.stem] * 2**stage for stage in range(len(self.stage_sizes)))
 
+    @nn.nowrap
     def make_head(self) -> Head:
         return Head(
             self.num_classes,
@@ -50,7 +51,7 @@ class ConvNeXt(Classifier):
 
     @nn.compact
     def stages(self, images: Images, *, train: bool) -> list[FeatureMap]:
-        self._check(images)
+        check_images(images, self.feature_strides[-1])
         initialization = INITIALIZATIONS[self.initialization]
         parts: dict[str, Any] = {
             "conv": initialization.conv,
@@ -80,16 +81,13 @@ class ConvNeXt(Classifier):
             maps.append(x)
         return maps
 
-    def _check(self, images: Images) -> None:
+    @nn.nowrap
+    def check(self) -> None:
         one_of("stem", self.stem, STEM_STRIDES)
         one_of("norm", self.norm, NORMS)
         one_of("initialization", self.initialization, INITIALIZATIONS)
         at_least(1, width=self.width)
-        if not self.stage_sizes or min(self.stage_sizes) < 1:
-            raise ValueError(
-                f"stage_sizes={self.stage_sizes}: must be one or more numbers of blocks, each >= 1"
-            )
-        check_images(images, self.feature_strides[-1])
+        depth_rates(self.stochastic_depth_rate, self.stage_sizes)
 
 
 class NormedDownsample(nn.Module):

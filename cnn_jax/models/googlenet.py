@@ -51,6 +51,7 @@ class GoogLeNet(Classifier):
     def feature_strides(self) -> tuple[int, ...]:
         return tuple(STEM_STRIDES[self.stem] * 2**stage for stage in range(len(self._digits())))
 
+    @nn.nowrap
     def make_head(self) -> Head:
         return Head(
             self.num_classes,
@@ -61,7 +62,7 @@ class GoogLeNet(Classifier):
 
     @nn.compact
     def stages(self, images: Images, *, train: bool) -> list[FeatureMap]:
-        self._check(images)
+        check_images(images, self.feature_strides[-1])
         norm = NORMS[self.norm]
         parts = {
             "use_bias": self.norm == "none",
@@ -92,10 +93,12 @@ class GoogLeNet(Classifier):
             maps.append(x)
         return maps
 
+    @nn.nowrap
     def _digits(self) -> list[str]:
         return sorted({name[0] for name in self.blocks})
 
-    def _check(self, images: Images) -> None:
+    @nn.nowrap
+    def check(self) -> None:
         one_of("stem", self.stem, STEM_STRIDES)
         one_of("norm", self.norm, NORMS)
         one_of("initialization", self.initialization, INITIALIZATIONS)
@@ -106,7 +109,6 @@ class GoogLeNet(Classifier):
         if not self.blocks:
             raise ValueError("blocks=(): must name one inception block or more")
         at_least(4, width=self.width)
-        check_images(images, self.feature_strides[-1])
 
 
 googlenet_mini = functools.partial(GoogLeNet, blocks=("3a", "4a", "5a"), width=16, stem="small")

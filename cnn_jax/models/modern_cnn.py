@@ -70,7 +70,7 @@ class ModernCNN(Classifier):
 
     @nn.compact
     def stages(self, images: Images, *, train: bool) -> list[FeatureMap]:
-        self._check(images)
+        check_images(images, self.feature_strides[-1])
         literal = self.variant == "literal"
         initialization = INITIALIZATIONS[self.initialization]
         parts: dict[str, Any] = {
@@ -117,6 +117,7 @@ class ModernCNN(Classifier):
             maps.append(x)
         return maps
 
+    @nn.nowrap
     def _stem(self, images: Images, parts: dict[str, Any], *, train: bool) -> FeatureMap:
         block = functools.partial(ConvBlock, **parts)
         if self.stem in ("medium", "small"):
@@ -133,7 +134,8 @@ class ModernCNN(Classifier):
             return blur_pool(max_pool(x, window=3, strides=1, padding=1))
         return max_pool(x, window=3, strides=2, padding=1)
 
-    def _check(self, images: Images) -> None:
+    @nn.nowrap
+    def check(self) -> None:
         one_of("stem", self.stem, STEM_STRIDES)
         one_of("block", self.block, BLOCKS)
         one_of("variant", self.variant, VARIANTS)
@@ -146,16 +148,12 @@ class ModernCNN(Classifier):
             raise ValueError(
                 f"width={self.width}: must be a multiple of {GROUP_SIZE} with norm='group'"
             )
-        if not self.stage_sizes or min(self.stage_sizes) < 1:
-            raise ValueError(
-                f"stage_sizes={self.stage_sizes}: must be one or more numbers of blocks, each >= 1"
-            )
+        depth_rates(self.stochastic_depth_rate, self.stage_sizes)
         if self.block == "residual" and (self.groups, self.width_per_group) != (1, 64):
             raise ValueError(
                 f"groups={self.groups}, width_per_group={self.width_per_group}: "
                 "must be 1 and 64 with block='residual'; they shape bottlenecks"
             )
-        check_images(images, self.feature_strides[-1])
 
 
 resnet50 = functools.partial(ModernCNN)

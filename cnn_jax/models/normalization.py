@@ -74,9 +74,11 @@ class BatchNorm(nn.Module):
         y: Any = (x - mean.reshape(row)) * factor.reshape(row) + bias.reshape(row)
         return y.astype(self.dtype or y.dtype)
 
+    @nn.nowrap
     def _moved(self, old: Array, new: Array) -> Array:
         return self.momentum * old + (1 - self.momentum) * new
 
+    @nn.nowrap
     def _correction(self, count: int) -> float:
         if count < 2:
             raise ValueError(

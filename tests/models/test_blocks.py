@@ -104,3 +104,32 @@ def test_blocks_by_default_are_the_printed_one_and_resnet_50s():
 def test_an_identity_that_does_not_fit_is_refused(block):
     with pytest.raises(ValueError, match=r"downsample=None: .* must be equal.*projection"):
         jax.eval_shape(lambda: block.init(jax.random.key(0), jnp.zeros((2, 6, 6, 3)), train=False))
+
+
+def test_stochastic_depth_keeps_the_mean():
+    """Whole images are 0 or divided by what survives; without training nothing happens."""
+    images = jnp.ones((4000, 2, 2, 3))
+    module = blocks.StochasticDepth(0.25)
+    dropped = module.apply({}, images, train=True, rngs={"dropout": jax.random.key(0)})
+    values = np.unique(np.asarray(dropped).reshape(4000, -1), axis=0)
+    np.testing.assert_allclose(values, [[0.0] * 12, [4 / 3] * 12], rtol=1e-6)
+    assert abs(float(dropped.mean()) - 1) < 4 * np.sqrt(0.25 / 0.75 / 4000)
+    np.testing.assert_array_equal(module.apply({}, images, train=False), images)
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        ResidualBlock(3, relu_before_add=True, zero_init_last=True),
+        BottleneckBlock(3, expansion=1, relu_before_add=True, zero_init_last=True),
+    ],
+)
+def test_a_branch_that_could_never_train_is_refused(block):
+    with pytest.raises(ValueError, match=r"zero_init_last=True: .* gradient is 0, and never train"):
+        jax.eval_shape(lambda: block.init(jax.random.key(0), jnp.zeros((2, 6, 6, 3)), train=False))
+
+
+def test_a_convnext_block_of_other_channels_is_refused():
+    block = blocks.ConvNeXtBlock(4)
+    with pytest.raises(ValueError, match="features=4: must be the 3 channels of the input"):
+        jax.eval_shape(lambda: block.init(jax.random.key(0), jnp.zeros((2, 6, 6, 3)), train=False))

@@ -149,3 +149,83 @@ def test_train_has_to_be_said():
     variables, images = variables_and_images()
     with pytest.raises(TypeError, match="train"):
         ConvBlock(4).apply(variables, images)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"features": 0}, "features=0: must be >= 1"),
+        ({"strides": 0}, "strides=0: must be >= 1"),
+        ({"kernel_size": (3, 0)}, r"kernel_size=\(3, 0\): must be >= 1"),
+        ({"padding": -1}, "padding=-1: must be >= 0"),
+        ({"groups": 0}, "groups=0: must be >= 1"),
+        ({"groups": 2}, "groups=2: must divide the 3 channels of the input and features=4"),
+        ({"groups": 3}, "groups=3: must divide the 3 channels of the input and features=4"),
+        ({"kernel_size": 9, "padding": 0}, "kernel_size=9, padding=0: must leave an output"),
+    ],
+)
+def test_convolutions_that_cannot_be_are_refused(arguments, message):
+    block = ConvBlock(**{"features": 4} | arguments)
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(lambda: block.init(jax.random.key(0), jnp.zeros((1, 6, 6, 3)), train=False))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("train", [True, False])
+def test_batch_norm_is_flaxs_bit_for_bit(dtype, train):
+    """So that checkpoints and numbers of either are those of the other."""
+    variables, images = variables_and_images()
+    images = jnp.asarray(images, dtype)
+    ours = normalization.batch_norm(train=train, dtype=dtype, name="norm")
+    theirs = nn.BatchNorm(use_running_average=not train, momentum=0.9, epsilon=1e-5, dtype=dtype)
+    of_norm = {
+        "params": {name: images[0, 0, 0] + 1 for name in ("scale", "bias")},
+        "batch_stats": {name: images[0, 0, 1] ** 2 for name in ("mean", "var")},
+    }
+    of_norm = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), of_norm)
+    results = [
+        jax.jit(functools.partial(module.apply, mutable=["batch_stats"]))(of_norm, images)
+        for module in (ours, theirs)
+    ]
+    jax.tree.map(np.testing.assert_array_equal, *results)
+    assert results[0][0].dtype == dtype
+
+
+def test_unbiased_batch_norm_keeps_the_variance_of_n_minus_1(assert_matches):
+    """And normalises by that of n, like torch."""
+
+    def oracle(images, params, batch_stats, *, train):
+        statistics = batch_stats | params
+        return oracles.batch_norm(images, **statistics, train=train, unbiased=True)
+
+    class Norm(nn.Module):
+        @nn.compact
+        def __call__(self, x, *, train: bool):
+            norm = normalization.NORMS["batch_unbiased"](train=train, dtype=None, name="norm")
+            nn.share_scope(self, norm)
+            return norm(x)
+
+    assert_matches(Norm(), oracle, (2, 2, 1, 3))
+
+
+def test_unbiased_variance_of_one_value_is_refused():
+    norm = normalization.batch_norm(train=True, dtype=None, name="norm", unbiased=True)
+    variables = norm.init(jax.random.key(0), jnp.zeros((2, 1, 1, 3)))
+    with pytest.raises(ValueError, match="unbiased=True: needs two values a channel or more"):
+        norm.apply(variables, jnp.zeros((1, 1, 1, 3)), mutable=["batch_stats"])
+
+
+@pytest.mark.parametrize(("channels", "group_size"), [(32, 16), (24, 8), (10, 2), (7, 1)])
+def test_group_norm_takes_groups_of_16_or_the_next_power_of_two(channels, group_size):
+    images = np.random.default_rng(0).normal(size=(2, 3, 4, channels)).astype(np.float32)
+    norm = normalization.group_norm(train=True, dtype=None, name="norm")
+
+    class Norm(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return norm(x)
+
+    output, _ = Norm().init_with_output(jax.random.key(0), images)
+    ones, zeros = np.ones(channels), np.zeros(channels)
+    expected = oracles.group_norm(images, ones, zeros, num_groups=channels // group_size)
+    np.testing.assert_allclose(output, expected, atol=1e-5)

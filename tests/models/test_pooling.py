@@ -1,0 +1,103 @@
+"""Pools against NumPy; torch's rules for edges are compared with torch in tests/parity."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cnn_jax.models import pooling
+
+RNG = np.random.default_rng(0)
+IMAGES = RNG.normal(size=(2, 7, 6, 3)).astype(np.float32)
+
+
+@pytest.mark.parametrize("pool", [pooling.max_pool, pooling.average_pool])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"window": 0, "strides": 1}, "window=0, strides=1, padding=0: .* >= 1"),
+        ({"window": 2, "strides": 0}, "window=2, strides=0, padding=0: .* >= 1"),
+        ({"window": 2, "strides": 1, "padding": 2}, "padding=2: .* half the window"),
+        ({"window": 9, "strides": 1}, "window=9, padding=0: .* 7 x 6 pixels"),
+        ({"window": (1, 2, 3), "strides": 1}, r"\(1, 2, 3\): must be one number of pixels or"),
+    ],
+)
+def test_windows_that_cannot_be_are_refused(pool, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        pool(IMAGES, **arguments)
+
+
+def test_average_pool_counts_the_padding_or_not():
+    ones = jnp.ones((1, 4, 4, 1))
+    pool = functools.partial(pooling.average_pool, window=3, strides=2, padding=1)
+    assert pool(ones)[0, :, :, 0].tolist() == pytest.approx(np.array([[4, 6], [6, 9]]) / 9)
+    assert pool(ones, count_include_pad=False)[0, :, :, 0].tolist() == [[1, 1], [1, 1]]
+    ceiled = pool(ones, ceil_mode=True, window=2, padding=0)
+    assert ceiled.shape == (1, 2, 2, 1)
+    odd = jnp.ones((1, 5, 5, 1))
+    np.testing.assert_array_equal(pool(odd, ceil_mode=True, window=2, padding=0), 1)
+
+
+def test_ceil_mode_leaves_no_window_in_the_padding():
+    """torch: a window has to begin inside the image or its left padding."""
+    row = jnp.arange(1.0, 5.0).reshape(1, 1, 4, 1)
+    pooled = pooling.max_pool(row, window=(1, 2), strides=(1, 3), padding=(0, 1), ceil_mode=True)
+    assert pooled.ravel().tolist() == [1, 4]
+
+
+def test_blur_pool_is_the_binomial_filter_over_reflected_edges():
+    padded = np.pad(IMAGES.astype(np.float64), [(0, 0), (1, 1), (1, 1), (0, 0)], mode="reflect")
+    taps = np.array([1, 2, 1]) / 4
+    rows = sum(tap * padded[:, i : i + 7] for i, tap in enumerate(taps))
+    blurred = sum(tap * rows[:, :, j : j + 6] for j, tap in enumerate(taps))
+    np.testing.assert_allclose(pooling.blur_pool(IMAGES), blurred[:, ::2, ::2], rtol=1e-5)
+    np.testing.assert_allclose(pooling.blur_pool(IMAGES, strides=1), blurred, rtol=1e-5)
+
+
+def test_blur_pool_of_a_shifted_image_moves_less_than_taking_every_second_pixel():
+    image = np.zeros((1, 16, 16, 1), np.float32)
+    image[:, ::2] = 1  # stripes, gone or everywhere once every second row is taken
+    shifted = np.roll(image, 1, axis=1)
+    assert np.abs(image[:, ::2] - shifted[:, ::2]).max() == 1
+    inner = slice(1, -1)
+    moved = pooling.blur_pool(image)[:, inner] - pooling.blur_pool(shifted)[:, inner]
+    np.testing.assert_array_equal(moved, 0)
+
+
+@pytest.mark.parametrize(
+    ("shape", "arguments"), [((1, 1, 5, 2), {}), ((1, 9, 9, 2), {"kernel_size": 1})]
+)
+def test_blur_pool_refuses_what_it_cannot_reflect(shape, arguments):
+    with pytest.raises(ValueError, match="must be"):
+        pooling.blur_pool(jnp.zeros(shape), **arguments)
+
+
+def test_generalized_mean_is_between_average_and_maximum():
+    images = np.abs(IMAGES) + 0.1
+
+    def pooled(power):
+        module = pooling.GeneralizedMeanPool(power=power)
+        variables = module.init(jax.random.key(0), images)
+        assert jax.tree.map(jnp.shape, variables) == {"params": {"power": (1,)}}
+        return module.apply(variables, images)
+
+    np.testing.assert_allclose(pooled(1.0), images.mean(axis=(1, 2)), rtol=1e-5)
+    expected = (images.astype(np.float64) ** 3).mean(axis=(1, 2)) ** (1 / 3)
+    np.testing.assert_allclose(pooled(3.0), expected, rtol=1e-5)
+    np.testing.assert_allclose(pooled(60.0), images.max(axis=(1, 2)), rtol=0.08)
+
+
+def test_generalized_mean_has_a_gradient_where_the_image_is_zero():
+    module = pooling.GeneralizedMeanPool()
+    images = jnp.zeros((1, 4, 4, 2))
+    variables = module.init(jax.random.key(0), images)
+    gradients = jax.grad(lambda v, x: module.apply(v, x).sum(), argnums=(0, 1))(variables, images)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients))
+
+
+@pytest.mark.parametrize("name", ["average", "max"])
+def test_global_pools_keep_float32(name):
+    images = jnp.asarray(IMAGES, jnp.bfloat16)
+    assert pooling.POOLS[name](images).dtype == jnp.float32

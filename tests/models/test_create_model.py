@@ -1,5 +1,7 @@
 """Every public model, with other classes, channels and norms, and as a list of feature maps."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -189,7 +191,7 @@ def test_stochastic_depth_rises_with_the_depth_and_ends_with_training(name):
         ]
         return [
             float(np.mean(np.all(np.asarray(after == before), axis=(1, 2, 3))))
-            for before, after in zip(blocks[:-1], blocks[1:], strict=True)
+            for before, after in itertools.pairwise(blocks)
         ]
 
     expected = np.arange(1, 10) / 10

@@ -174,13 +174,13 @@ def test_convolutions_that_cannot_be_are_refused(arguments, message):
 @pytest.mark.parametrize("train", [True, False])
 def test_batch_norm_is_flaxs_bit_for_bit(dtype, train):
     """So that checkpoints and numbers of either are those of the other."""
-    variables, images = variables_and_images()
+    _, images = variables_and_images()
     images = jnp.asarray(images, dtype)
     ours = normalization.batch_norm(train=train, dtype=dtype, name="norm")
     theirs = nn.BatchNorm(use_running_average=not train, momentum=0.9, epsilon=1e-5, dtype=dtype)
     of_norm = {
-        "params": {name: images[0, 0, 0] + 1 for name in ("scale", "bias")},
-        "batch_stats": {name: images[0, 0, 1] ** 2 for name in ("mean", "var")},
+        "params": dict.fromkeys(("scale", "bias"), images[0, 0, 0] + 1),
+        "batch_stats": dict.fromkeys(("mean", "var"), images[0, 0, 1] ** 2),
     }
     of_norm = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), of_norm)
     results = [

@@ -99,7 +99,7 @@ SGD = optax.chain(optax.add_decayed_weights(0.1), optax.sgd(0.1, momentum=0.9, n
 
 @pytest.mark.parametrize("model", [MODEL, MODEL.clone(norm="batch_unbiased")])
 def test_frozen_parts_keep_weights_and_running_statistics(model):
-    before, after, _, frozen = trained(model, ("stage2_.*", "head"), SGD)
+    before, after, _, _ = trained(model, ("stage2_.*", "head"), SGD)
     names = {"stage2_block1", "head"}
     assert changed(before.params, after.params) == {
         path for path in leaves(before.params) if path.partition("/")[0] in names

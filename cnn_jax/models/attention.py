@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from cnn_jax.models.initialization import KAIMING
 from cnn_jax.models.layers import Activation, ConvBlock, ModuleFactory, at_least
 from cnn_jax.models.normalization import Norm, batch_norm
-from cnn_jax.models.pooling import global_average_pool, global_max_pool
+from cnn_jax.models.pooling import global_average_pool, global_max_pool, largest
 from cnn_jax.typing import FeatureMap
 
 
@@ -132,7 +132,7 @@ class CBAM(Attention):
             name="channel",
         )(x, train=train)
         summary = jnp.concatenate(
-            [jnp.mean(x, axis=-1, keepdims=True), jnp.max(x, axis=-1, keepdims=True)], axis=-1
+            [jnp.mean(x, axis=-1, keepdims=True), largest(x, (3,))[..., None]], axis=-1
         )
         gate = ConvBlock(
             1,

@@ -1,7 +1,8 @@
 """Pooling: windows of a feature map, and the whole of it."""
 
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -114,7 +115,28 @@ def global_average_pool(x: FeatureMap) -> jax.Array:
 
 def global_max_pool(x: FeatureMap) -> jax.Array:
     """Returns the largest value over height and width, [b, c]; in float32 at least."""
-    return jnp.max(x, axis=(1, 2)).astype(jnp.promote_types(x.dtype, jnp.float32))
+    return largest(x, (1, 2)).astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def largest(x: Array, axes: Sequence[int]) -> jax.Array:
+    """Returns the maximum along neighbouring axes, its gradient that of the first that reaches it.
+
+    `jnp.max` divides the gradient by the number of elements that equal the maximum. Where a
+    compiler computes x twice and rounds differently none does, and the gradient is 0 / 0.
+    """
+    return jnp.max(x, axis=tuple(axes))
+
+
+@largest.defjvp
+def _largest_jvp(axes: Sequence[int], primals: Any, tangents: Any) -> Any:
+    (x,), (tangent,) = primals, tangents
+    merged = (*x.shape[: axes[0]], -1, *x.shape[axes[-1] + 1 :])
+    flat = x.reshape(merged)
+    first = jnp.argmax(flat, axis=axes[0], keepdims=True)
+    position = jax.lax.broadcasted_iota(first.dtype, flat.shape, axes[0])
+    chosen = jnp.where(position == first, tangent.reshape(merged), 0)
+    return largest(x, axes), jnp.sum(chosen, axis=axes[0])
 
 
 class GeneralizedMeanPool(nn.Module):

@@ -97,6 +97,34 @@ def test_generalized_mean_has_a_gradient_where_the_image_is_zero():
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients))
 
 
+def test_largest_is_the_maximum_and_its_gradient_goes_to_the_first_that_is_it():
+    values = jnp.asarray([[1.0, 3.0, 3.0], [-2.0, -5.0, -2.0]])
+    np.testing.assert_array_equal(pooling.largest(values, (1,)), [3, -2])
+    gradient = jax.grad(lambda x: (pooling.largest(x, (1,)) * jnp.array([1.0, 7.0])).sum())
+    np.testing.assert_array_equal(gradient(values), [[0, 1, 0], [7, 0, 0]])
+    np.testing.assert_array_equal(pooling.global_max_pool(IMAGES), IMAGES.max(axis=(1, 2)))
+
+
+def test_the_gradient_of_a_maximum_survives_a_compiler_that_computes_twice():
+    """As XLA does here without its optimisations: jnp.max then has a gradient of 0 / 0."""
+    rng = np.random.default_rng(0)
+    images = jnp.asarray(rng.normal(size=(8, 7, 6, 32)), jnp.float32)
+    scale, bias = jnp.asarray(rng.uniform(0.5, 1.5, size=(2, 32)), jnp.float32)
+
+    def normalized(x):
+        mean = x.mean(axis=(0, 1, 2))
+        var = (x * x).mean(axis=(0, 1, 2)) - mean * mean
+        factor = jax.lax.rsqrt(var + 1e-5) * scale
+        return (x - mean.reshape(1, 1, 1, -1)) * factor.reshape(1, 1, 1, -1) + bias.reshape(
+            1, 1, 1, -1
+        )
+
+    def gradient(pool):
+        return jax.jit(jax.grad(lambda x: (pool(normalized(x)) ** 2).sum()))(images)
+
+    assert np.isfinite(gradient(pooling.global_max_pool)).all()
+
+
 @pytest.mark.parametrize("name", ["average", "max"])
 def test_global_pools_keep_float32(name):
     images = jnp.asarray(IMAGES, jnp.bfloat16)

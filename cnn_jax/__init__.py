@@ -17,7 +17,7 @@ from cnn_jax.models.blocks import (
 from cnn_jax.models.layers import ConvBlock
 from cnn_jax.training.freezing import freeze_updates, train_only
 from cnn_jax.training.state import TrainState, init_state
-from cnn_jax.training.steps import make_eval_step, make_train_step
+from cnn_jax.training.steps import make_eval_step, make_predict_step, make_train_step
 
 __version__ = "0.1.0"
 
@@ -40,6 +40,7 @@ __all__ = [
     "freeze_updates",
     "init_state",
     "make_eval_step",
+    "make_predict_step",
     "make_train_step",
     "projection",
     "train_only",

@@ -18,6 +18,7 @@ FeatureMap: TypeAlias = Float[Array, "b _ _ _"]
 """Height, width and channels change from layer to layer; the batch does not."""
 
 Logits: TypeAlias = Float[Array, "b k"]
+PerClass: TypeAlias = Float[Array, "b k"]
 Labels: TypeAlias = Int[Array, " b"]
 PerExample: TypeAlias = Float[Array, " b"]
 

@@ -12,10 +12,11 @@ from cnn_jax.training.freezing import Frozen, frozen_statistics, stop_gradients
 from cnn_jax.training.losses import Loss, cross_entropy
 from cnn_jax.training.metrics import metric_sums
 from cnn_jax.training.state import TrainState
-from cnn_jax.typing import Batch, FeatureMap, Images, Metrics
+from cnn_jax.typing import Batch, FeatureMap, Images, Metrics, PerClass
 
 TrainStep: TypeAlias = Callable[[TrainState, Batch, jax.Array], tuple[TrainState, Metrics]]
 EvalStep: TypeAlias = Callable[[TrainState, Batch], Metrics]
+PredictStep: TypeAlias = Callable[[TrainState, Batch], PerClass]
 Normalize: TypeAlias = Callable[[Images], FeatureMap]
 
 
@@ -87,5 +88,15 @@ def make_eval_step(
         logits = model.apply(variables, normalize(batch["image"]), train=False)
         losses = loss(logits, batch["label"])
         return metric_sums(logits, batch["label"], losses, batch["mask"])
+
+    return step
+
+
+def make_predict_step(model: Any, *, normalize: Normalize = lambda images: images) -> PredictStep:
+    """Returns `step(state, batch) -> probabilities [b, k]` of the images in `batch["image"]`."""
+
+    def step(state: TrainState, batch: Batch) -> PerClass:
+        variables = {"params": state.params, "batch_stats": state.batch_stats}
+        return jax.nn.softmax(model.apply(variables, normalize(batch["image"]), train=False))
 
     return step

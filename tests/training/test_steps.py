@@ -11,7 +11,14 @@ import optax
 import oracles
 import pytest
 
-from cnn_jax import ModernCNN, TrainState, init_state, make_eval_step, make_train_step
+from cnn_jax import (
+    ModernCNN,
+    TrainState,
+    init_state,
+    make_eval_step,
+    make_predict_step,
+    make_train_step,
+)
 from cnn_jax.runtime.sharding import batch_sharding, make_mesh, replicated, shard_state, to_devices
 from cnn_jax.training.augment import make_augment, normalize
 from cnn_jax.training.losses import cross_entropy
@@ -329,3 +336,14 @@ def test_bfloat16_is_for_the_computation_alone():
     kinds = {leaf.dtype.name for leaf in jax.tree.leaves(new_state)}
     assert kinds == {"float32", "int32"}
     assert sums["loss"].dtype == sums["accuracy"].dtype == jnp.float32
+
+
+def test_prediction_is_the_softmax_of_the_logits():
+    state, batch = make_state(MODEL, optax.sgd(0.1)), make_batch()
+    step = jax.jit(make_predict_step(MODEL, normalize=NORMALIZE))
+    probabilities = np.asarray(step(state, {"image": batch["image"]}), np.float64)
+    variables = {"params": state.params, "batch_stats": state.batch_stats}
+    logits = MODEL.apply(variables, NORMALIZE(jnp.asarray(batch["image"])), train=False)
+    expected = -oracles.cross_entropy(np.repeat(logits, 5, axis=0), np.tile(np.arange(5), 16))
+    np.testing.assert_allclose(np.log(probabilities).ravel(), expected, atol=1e-5)
+    np.testing.assert_allclose(probabilities.sum(axis=1), 1, rtol=1e-6)

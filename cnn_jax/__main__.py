@@ -14,12 +14,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from cnn_jax import __version__
+from cnn_jax import MODELS, __version__
 from cnn_jax.errors import UserError, nearest
 
 EPILOG = """\
-example:
+examples:
   %(prog)s train --config configs/quickstart.py
+  %(prog)s inspect --model resnet50
 
 '%(prog)s COMMAND --help' explains a command.
 """
@@ -43,6 +44,52 @@ examples:
 configs/default.py explains every KEY. Exit code: 0 when done, 2 for a mistake
 in the command or the configuration, 130 and 143 when stopped by Ctrl-C or
 SIGTERM (what was trained is saved), 1 for anything else that stopped it.
+"""
+
+INSPECT_USAGE = """\
+%(prog)s --config FILE [--config.KEY=VALUE ...]
+       %(prog)s --model NAME [--image-size N] [--channels N]
+       and in either case [--depth N] [--json FILE]"""
+
+INSPECT_DESCRIPTION = """\
+Shows the layers of a network with their outputs, strides, receptive fields,
+parameters, multiply-adds and activations, without running it. It needs no data."""
+
+INSPECT_EPILOG = """\
+examples:
+  %(prog)s --config configs/quickstart.py
+  %(prog)s --config configs/quickstart.py --config.model.width=64
+  %(prog)s --model resnet50 --image-size 224x160 --depth 9
+  %(prog)s --model resnet50 --json -
+
+Exit code: 0 when done, 2 for a mistake in the command or the configuration,
+1 for anything else.
+"""
+
+
+CONVERT_USAGE = """\
+%(prog)s FILE --model NAME --to DIR [--num-classes N] [--argument KEY=VALUE ...]
+       [--ignore PART ...] [--conv-biases {fold,zero}]
+       %(prog)s DIR --to FILE.safetensors [--layout {torchvision,timm}]"""
+
+CONVERT_DESCRIPTION = """\
+Converts weights of torchvision or timm (.safetensors, .pth, .pt) to a directory
+that a run can start from, and back. A run's directory will do for DIR: its newest
+checkpoint is taken. PyTorch is not needed, and nothing in a file is run. Each
+tensor is accounted for: one that is missing, unexpected or of another shape is
+an error, and nothing is written then."""
+
+CONVERT_EPILOG = """\
+examples:
+  %(prog)s resnet50.pth --model resnet50 --to weights/resnet50
+  %(prog)s googlenet.pth --model googlenet --ignore aux1 --ignore aux2 --to weights/g
+  %(prog)s runs/quickstart --to quickstart.safetensors
+  python -m cnn_jax train --config FILE --config.init_from=weights/resnet50 \\
+      --config.init_ignore=head,
+
+Biases are all that --conv-biases converts: a network with variant="literal" also
+has a ReLU before each addition, and remains another function.
+Exit code: 0 when done, 2 for a mistake in the command, 1 for anything else.
 """
 
 
@@ -143,7 +190,109 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="go on with a run although its configuration was another",
     )
+    _add_inspect(commands)
+    _add_convert(commands)
     return parser
+
+
+def _add_inspect(commands: Any) -> None:
+    parser = commands.add_parser(
+        "inspect",
+        help="show the layers of a network and what they cost",
+        usage=INSPECT_USAGE,
+        description=INSPECT_DESCRIPTION,
+        epilog=INSPECT_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.set_defaults(parser=parser, run=_inspect)
+    network = parser.add_mutually_exclusive_group(required=True)
+    network.add_argument(
+        "--config", metavar="FILE", type=_existing_file, help="the network that a run would train"
+    )
+    network.add_argument(
+        "--model", metavar="NAME", type=_model_name, help="a network by name, with 1000 classes"
+    )
+    parser.add_argument("--config.KEY", metavar="VALUE", help="override a key of FILE")
+    parser.add_argument(
+        "--image-size",
+        metavar="N",
+        type=_image_size,
+        help="with --model: pixels of a side, or HEIGHTxWIDTH (default: 224)",
+    )
+    parser.add_argument(
+        "--channels", metavar="N", type=_positive, help="with --model: of the image (default: 3)"
+    )
+    parser.add_argument(
+        "--depth",
+        metavar="N",
+        type=_positive,
+        default=1,
+        help="one row for each module N names below the network (default: 1; 9 shows every layer)",
+    )
+    parser.add_argument(
+        "--json",
+        metavar="FILE",
+        help="write the rows to FILE, which must not exist; -: to the terminal, without the table",
+    )
+
+
+def _add_convert(commands: Any) -> None:
+    parser = commands.add_parser(
+        "convert",
+        help="bring weights from PyTorch, or take them there",
+        usage=CONVERT_USAGE,
+        description=CONVERT_DESCRIPTION,
+        epilog=CONVERT_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.set_defaults(parser=parser, run=_convert)
+    parser.add_argument(
+        "source", metavar="SOURCE", type=Path, help="a file of weights, or a directory"
+    )
+    parser.add_argument(
+        "--to",
+        metavar="TARGET",
+        type=Path,
+        required=True,
+        help="a .safetensors file or a directory",
+    )
+    parser.add_argument(
+        "--model", metavar="NAME", type=_model_name, help="what a file is for, such as resnet50"
+    )
+    parser.add_argument(
+        "--num-classes",
+        metavar="N",
+        type=_positive,
+        help="of the model (default: those of the file)",
+    )
+    parser.add_argument(
+        "--argument",
+        metavar="KEY=VALUE",
+        action="append",
+        default=[],
+        help="another argument of the model, such as width=32; any number of times",
+    )
+    parser.add_argument(
+        "--ignore",
+        metavar="PART",
+        action="append",
+        default=[],
+        help="leave a part of the model (head) at random, or tensors of the file (aux1) out; any "
+        "number of times",
+    )
+    parser.add_argument(
+        "--conv-biases",
+        choices=("fold", "zero"),
+        help="fold: the file has biases in front of BatchNorm and the model has none, so take them "
+        "into the running means; zero: the reverse, so add biases of 0",
+    )
+    parser.add_argument(
+        "--layout",
+        choices=("torchvision", "timm"),
+        help="whose names a file gets (default: those that the weights came with)",
+    )
 
 
 def _split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
@@ -186,28 +335,117 @@ def _existing_file(text: str) -> Path:
     return path
 
 
+def _model_name(text: str) -> str:
+    if text not in MODELS:
+        raise argparse.ArgumentTypeError(f"unknown model {text!r}{_hint_or_all(text, MODELS)}")
+    return text
+
+
+def _hint_or_all(name: str, known: Mapping[str, Any]) -> str:
+    return nearest(name, known) or f"; known: {', '.join(known)}"
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: must be an integer >= 1")
+    return int(text)
+
+
+def _image_size(text: str) -> tuple[int, int]:
+    sides = [int(side) if side.isdecimal() else 0 for side in text.split("x")]
+    if len(sides) > 2 or min(sides) < 1:
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: must be pixels >= 1, such as 224 or HEIGHTxWIDTH, such as 224x160"
+        )
+    return sides[0], sides[-1]
+
+
 def _train(options: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> int:
     if options.config is None:
         return options.parser.error("the following arguments are required: --config")
 
     # Here rather than above: help and mistyped flags should not wait for data and checkpoints.
-    from cnn_jax.config import ConfigError, override, parse
+    from cnn_jax.config import ConfigError
 
+    workdir = options.workdir or os.path.join("runs", options.config.stem)
+    resumes = any(Path(workdir, "checkpoints").glob("[0-9]*/manifest.json"))
     try:
-        values = override(_load(options.config), overrides)
-        config = parse(values, num_devices=_num_devices())
+        config = _parsed(options.config, overrides, check_weights=not resumes)
 
         from cnn_jax.commands.train import train
 
         return train(
             config,
-            options.workdir or os.path.join("runs", options.config.stem),
+            workdir,
             dry_run=options.dry_run,
             accept_config_changes=options.accept_config_changes,
         )
     except ConfigError as error:
         print(f"{options.config}: {error}", file=sys.stderr)
         return 2
+
+
+def _inspect(options: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> int:
+    given = {"--image-size": options.image_size, "--channels": options.channels}
+    misplaced = [flag for flag, value in given.items() if value is not None]
+    if options.config and misplaced:
+        options.parser.error(f"{misplaced[0]}: only with --model; the data set of FILE gives it")
+    if options.model and overrides:
+        options.parser.error(f"--config.{overrides[0][0]}: only with --config")
+
+    from cnn_jax.commands.inspect import inspect_config, inspect_model
+    from cnn_jax.config import ConfigError
+
+    shown = {"depth": options.depth, "json_file": options.json}
+    if options.model:
+        image_shape = (*(options.image_size or (224, 224)), options.channels or 3)
+        return inspect_model(options.model, image_shape, **shown)
+    try:
+        return inspect_config(_parsed(options.config, overrides), **shown)
+    except ConfigError as error:
+        print(f"{options.config}: {error}", file=sys.stderr)
+        return 2
+
+
+def _convert(options: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> int:
+    if overrides:
+        options.parser.error(f"--config.{overrides[0][0]}: not an option of convert")
+    pairs = [text.partition("=") for text in options.argument]
+    for key, equals, _ in pairs:
+        if key == "num_classes" or not equals:
+            right = "--num-classes N" if equals else "KEY=VALUE"
+            options.parser.error(f"--argument {key}: must be {right}")
+
+    from cnn_jax.commands.convert import convert
+    from cnn_jax.config import ConfigError, model_arguments
+
+    texts = [(key, value) for key, _, value in pairs]
+    try:
+        arguments = model_arguments(options.model, texts) if options.model else dict(texts)
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return 2
+    if options.num_classes:
+        arguments["num_classes"] = options.num_classes
+    return convert(
+        options.source,
+        options.to,
+        model=options.model,
+        arguments=arguments,
+        ignore=options.ignore,
+        conv_biases=options.conv_biases,
+        layout=options.layout,
+    )
+
+
+def _parsed(
+    path: Path, overrides: Sequence[tuple[str, str]], *, check_weights: bool = False
+) -> Any:
+    """Returns the checked configuration of the file; raises ConfigError with all mistakes."""
+    from cnn_jax.config import override, parse
+
+    values = override(_load(path), overrides)
+    return parse(values, num_devices=_num_devices(), check_weights=check_weights)
 
 
 def _num_devices() -> int:

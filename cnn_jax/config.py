@@ -23,6 +23,8 @@ import jax.numpy as jnp
 from cnn_jax.data.datasets import DATASETS, DatasetInfo, dataset_info, split_range
 from cnn_jax.errors import UserError, nearest
 from cnn_jax.models import MODELS, create_model, model_class
+from cnn_jax.models.torch_weights import WeightsError
+from cnn_jax.training.freezing import train_only
 from cnn_jax.training.optim import OPTIMIZERS, SCHEDULES
 
 
@@ -163,9 +165,12 @@ class Config:
     batch_size: AtLeastOne
     num_epochs: AtLeastOne
     precision: Annotated[str, OneOf(("float32", "bfloat16"))]
+    init_from: str
+    init_ignore: tuple[str, ...]
     model: ModelConfig
     data: DataConfig
     augment: AugmentConfig
+    train_only: tuple[str, ...]
     optimizer: OptimizerConfig
     schedule: ScheduleConfig
     loss: LossConfig
@@ -181,8 +186,11 @@ class Config:
         return json.loads(json.dumps(values))
 
 
-def parse(values: Mapping[str, Any], *, num_devices: int) -> Config:
+def parse(values: Mapping[str, Any], *, num_devices: int, check_weights: bool = False) -> Config:
     """Returns the configuration that the nested `values` spell, for a run on `num_devices`.
+
+    With `check_weights` it reads the weights of `init_from`, which a run does not need again once
+    it has a checkpoint.
 
     Raises ConfigError with every mistake there is: unknown and missing keys, wrong types, values
     out of range, unknown names, and values that do not go together.
@@ -206,6 +214,8 @@ def parse(values: Mapping[str, Any], *, num_devices: int) -> Config:
     if "data.name" in good:
         good["dataset"] = dataset_info(good["data.name"])
     good["num_devices"] = num_devices
+    if check_weights and good.get("init_from"):
+        good["check_weights"] = True
     for needed, rule in _RULES:
         if all(fact in good for fact in needed):
             problems.extend(rule(*(good[fact] for fact in needed)))
@@ -230,6 +240,22 @@ def override(values: Mapping[str, Any], texts: Iterable[tuple[str, str]]) -> dic
             section = section[name]
         section[leaf] = _read(text, _SCHEMA.get(key))
     return changed
+
+
+def model_arguments(name: str, texts: Iterable[tuple[str, str]]) -> dict[str, Any]:
+    """Returns the arguments of the named model that each (key, text) gives, read by its type.
+
+    Raises ConfigError with every mistake.
+    """
+    schema = _model_schema({"model.name": name})
+    given = {f"model.{key}": _read(text, schema.get(f"model.{key}")) for key, text in texts}
+    problems = [_unknown(key, value, schema) for key, value in given.items() if key not in schema]
+    for key, value in given.items():
+        if key in schema and not _allows(schema[key], value):
+            problems.append(_wrong(key, value, schema[key]))
+    if problems:
+        raise ConfigError(problems)
+    return {key.removeprefix("model."): _typed(schema[key], given[key]) for key in given}
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
@@ -307,14 +333,62 @@ def _warmup_ends(warmup_epochs: float, num_epochs: int) -> Iterator[str]:
 def _model_takes_images(
     name: str, arguments: Mapping[str, Any], dataset: DatasetInfo
 ) -> Iterator[str]:
+    try:
+        _abstract_params(name, arguments, dataset)
+    except (ValueError, TypeError, ArithmeticError) as error:
+        yield f"model: {' '.join(str(error).split())}"
+
+
+def _patterns_name_parameters(
+    patterns: Sequence[str], name: str, arguments: Mapping[str, Any], dataset: DatasetInfo
+) -> Iterator[str]:
+    with contextlib.suppress(ValueError, TypeError, ArithmeticError):  # has a rule of its own
+        params = _abstract_params(name, arguments, dataset)
+        try:
+            train_only(patterns, params)
+        except UserError as error:
+            yield f"train_only: {error}"
+
+
+def _ignored_of_a_file(init_ignore: Sequence[str], init_from: str) -> Iterator[str]:
+    if init_ignore and not init_from:
+        yield f"init_ignore = {init_ignore!r}: only with init_from; all weights are random without"
+
+
+def _weights_fit(
+    path: str,
+    ignore: Sequence[str],
+    name: str,
+    arguments: Mapping[str, Any],
+    dataset: DatasetInfo,
+    _: bool,
+) -> Iterator[str]:
+    from cnn_jax.weights import load_weights  # only here: it loads orbax
+
+    try:
+        like = _abstract_variables(name, arguments, dataset)
+    except (ValueError, TypeError, ArithmeticError):  # has a rule of its own
+        return
+    try:
+        load_weights(path, like, ignore=ignore)
+    except WeightsError as error:
+        yield from (f"init_from = {path!r}: {problem}" for problem in error.problems)
+    except UserError as error:
+        yield f"init_from = {path!r}: {error}"
+
+
+def _abstract_params(name: str, arguments: Mapping[str, Any], dataset: DatasetInfo) -> Any:
+    """Returns the shapes of the parameters; raises what the model raises at wrong arguments."""
+    return _abstract_variables(name, arguments, dataset)["params"]
+
+
+def _abstract_variables(name: str, arguments: Mapping[str, Any], dataset: DatasetInfo) -> Any:
+
     def init() -> Any:
         model = create_model(name, num_classes=dataset.num_classes, **arguments)
         return model.init(jax.random.key(0), jnp.zeros((1, *dataset.image_shape)), train=False)
 
-    try:
-        jax.eval_shape(init)
-    except (ValueError, TypeError, ArithmeticError) as error:
-        yield f"model: {' '.join(str(error).split())}"
+    return jax.eval_shape(init)
 
 
 _RULES: Sequence[tuple[Sequence[str], Callable[..., Iterable[str]]]] = (
@@ -329,6 +403,12 @@ _RULES: Sequence[tuple[Sequence[str], Callable[..., Iterable[str]]]] = (
     (("augment.crop_padding", "dataset"), _crop_is_smaller_than_image),
     (("schedule.warmup_epochs", "num_epochs"), _warmup_ends),
     (("model.name", "model.arguments", "dataset"), _model_takes_images),
+    (("train_only", "model.name", "model.arguments", "dataset"), _patterns_name_parameters),
+    (("init_ignore", "init_from"), _ignored_of_a_file),
+    (
+        ("init_from", "init_ignore", "model.name", "model.arguments", "dataset", "check_weights"),
+        _weights_fit,
+    ),
 )
 """Each rule between values, behind the values that it needs: it is silent while one is wrong."""
 
@@ -412,7 +492,7 @@ def _shown(value: Any) -> str:
 
 def _read(text: str, annotation: Any) -> Any:
     """Returns the value that a text on the command line means for a key of this type."""
-    kind, _, _ = _parts(annotation)
+    kind, item, _ = _parts(annotation)
     words = {"true": True, "false": False} | ({"1": True, "0": False} if kind is bool else {})
     if kind is str:
         return text
@@ -421,7 +501,8 @@ def _read(text: str, annotation: Any) -> Any:
     try:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-        return text
+        bare = kind in _LISTS and item is str  # head,stem for ("head", "stem")
+        return tuple(filter(None, text.split(","))) if bare else text
     return (value,) if kind is tuple and not isinstance(value, list | tuple) else value
 
 

@@ -5,25 +5,38 @@ What trains, what a dry run prints and what is compiled ahead of time are this o
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
 from cnn_jax.config import Config
 from cnn_jax.data.datasets import DatasetInfo, dataset_info, split_range
 from cnn_jax.data.pipeline import steps_at_epoch_end
 from cnn_jax.models import create_model
+from cnn_jax.models.geometry import grouped, layers, table
 from cnn_jax.runtime.platform import describe_devices
 from cnn_jax.runtime.sharding import batch_sharding, make_mesh, replicated, shard_state
 from cnn_jax.training.augment import make_augment, normalize
+from cnn_jax.training.freezing import freeze_updates, train_only
 from cnn_jax.training.losses import cross_entropy
 from cnn_jax.training.optim import make_optimizer, make_schedule
 from cnn_jax.training.state import TrainState, init_state
-from cnn_jax.training.steps import EvalStep, TrainStep, make_eval_step, make_train_step
+from cnn_jax.training.steps import (
+    EvalStep,
+    PredictStep,
+    TrainStep,
+    make_eval_step,
+    make_predict_step,
+    make_train_step,
+)
+from cnn_jax.weights import load_weights
+
+STEPS = ("train", "evaluation", "prediction")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +51,7 @@ class Plan:
       model: the linen module.
       tx, schedule: the optimiser, and its learning rate by step.
       mesh: the devices.
-      train_step, eval_step: the pure functions that are compiled.
+      train_step, eval_step, predict_step: the pure functions that are compiled.
       state: the abstract train state, with the sharding of every array.
     """
 
@@ -53,17 +66,21 @@ class Plan:
     mesh: Mesh
     train_step: TrainStep
     eval_step: EvalStep
+    predict_step: PredictStep
     state: TrainState
 
     def make_state(self) -> TrainState:
-        """Returns the state at step 0, on the devices; a function of the seed alone."""
+        """Returns the state at step 0, on the devices; of the seed and the file to start from.
 
-        def make() -> TrainState:
+        Raises UserError where that file does not fit.
+        """
+
+        def make(weights: Any) -> TrainState:
             key = jax.random.fold_in(jax.random.key(self.config.seed), 0)
-            return init_state(self.model, self.tx, self._image(), key)
+            return init_state(self.model, self.tx, self._image(), key, weights=weights)
 
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.state)
-        return jax.jit(make, out_shardings=shardings)()
+        return jax.jit(make, out_shardings=shardings)(self._weights())
 
     def make_key(self) -> jax.Array:
         """Returns the root of all randomness in the steps, on the devices."""
@@ -72,6 +89,18 @@ class Plan:
             return jax.random.fold_in(jax.random.key(self.config.seed), 1)
 
         return jax.jit(make, out_shardings=replicated(self.mesh))()
+
+    def lower(self, step: str) -> jax.stages.Lowered:
+        """Returns one of `STEPS`, ready to compile."""
+        return {
+            "train": self.lower_train_step,
+            "evaluation": self.lower_eval_step,
+            "prediction": self.lower_predict_step,
+        }[step]()
+
+    def batch_size(self, step: str) -> int:
+        """Returns the images in one of `STEPS`, over all devices together."""
+        return self.config.batch_size if step == "train" else self.config.eval.batch_size
 
     def lower_train_step(self) -> jax.stages.Lowered:
         """Returns the train step, ready to compile; it takes the place of the state it is given."""
@@ -87,6 +116,12 @@ class Plan:
         batch = self._batch(self.config.eval.batch_size, mask=jnp.float32)
         step = jax.jit(self.eval_step, out_shardings=replicated(self.mesh))
         return step.lower(self.state, batch)
+
+    def lower_predict_step(self) -> jax.stages.Lowered:
+        """Returns the prediction step, ready to compile."""
+        batch = self._batch(self.config.eval.batch_size)
+        step = jax.jit(self.predict_step, out_shardings=batch_sharding(self.mesh))
+        return step.lower(self.state, {"image": batch["image"]})
 
     def learning_rate(self, step: int) -> float:
         """Returns the learning rate of the step that follows `step` steps."""
@@ -119,6 +154,7 @@ class Plan:
             f"images, {height} x {width} x {channels}, {data.num_classes} classes",
             "devices": f"{describe_devices()}; mesh "
             + ", ".join(f"{axis} {size}" for axis, size in self.mesh.shape.items()),
+            **_origin(config),
             "precision": config.precision,
             "optimizer": f"{config.optimizer.name}, learning rate {config.optimizer.learning_rate} "
             f"({config.schedule.name}, {config.schedule.warmup_epochs:g} epochs of warm-up)",
@@ -128,25 +164,25 @@ class Plan:
         return "\n".join(f"{name:<10} {text}" for name, text in lines.items())
 
     def tabulate(self) -> str:
-        """Returns a table of the model's parts in order: output of one image, parameters."""
-        variables = {"params": self.state.params, "batch_stats": self.state.batch_stats}
-        parts: dict[str, str] = {}
+        """Returns a table of the model's parts in order: output, receptive field and costs."""
+        dtype = jnp.dtype(self.config.precision)
+        return table(grouped(layers(self.model, self.dataset.image_shape, dtype=dtype), depth=1))
 
-        def forward(variables: Any, images: jax.Array) -> None:
-            _, captured = self.model.apply(
-                variables, images, train=False, capture_intermediates=True, mutable="intermediates"
-            )
-            for name, inner in captured["intermediates"].items():
-                if isinstance(inner, Mapping):
-                    (output,) = inner["__call__"]
-                    parts[name] = " x ".join(map(str, output.shape[1:]))
-
-        jax.eval_shape(forward, variables, self._image())
-        lines = [f"{'part':<16} {'output':<16} {'parameters':>12}"]
-        for name, output in parts.items():
-            size = sum(leaf.size for leaf in jax.tree.leaves(self.state.params.get(name, {})))
-            lines.append(f"{name:<16} {output:<16} {size:>12,}")
-        return "\n".join(lines)
+    def _weights(self) -> dict[str, Any]:
+        """Returns the variables to start from, without the parts that stay random."""
+        if not self.config.init_from:
+            return {}
+        like = {"params": self.state.params, "batch_stats": self.state.batch_stats}
+        loaded = load_weights(self.config.init_from, like, ignore=self.config.init_ignore)
+        wanted: Any = flatten_dict(like)
+        leaves: Any = flatten_dict(loaded)
+        return unflatten_dict(
+            {
+                path: leaf.astype(wanted[path].dtype)
+                for path, leaf in leaves.items()
+                if leaf is not wanted[path]
+            }
+        )
 
     def _is_due(self, step: int, every: int) -> bool:
         if every:
@@ -173,17 +209,36 @@ class Plan:
         }
 
 
-def make_plan(config: Config) -> Plan:
-    """Returns the plan of the run that `config` describes, on this machine's devices."""
+def _origin(config: Config) -> dict[str, str]:
+    """Returns where the weights at step 0 come from, if from anywhere."""
+    if not config.init_from:
+        return {}
+    random = f", {', '.join(config.init_ignore)} at random" if config.init_ignore else ""
+    return {"weights": f"start from {config.init_from}{random}"}
+
+
+def make_model(config: Config) -> Any:
+    """Returns the linen module that `config` describes."""
+    return create_model(
+        config.model.name,
+        num_classes=dataset_info(config.data.name).num_classes,
+        dtype=jnp.dtype(config.precision),
+        **config.model.arguments,
+    )
+
+
+def make_plan(config: Config, *, devices: Sequence[Any] | None = None) -> Plan:
+    """Returns the plan of the run that `config` describes.
+
+    It is on this machine's devices, or on `devices`, which may be those of a described topology.
+    """
     dataset = dataset_info(config.data.name)
     train_examples = len(split_range(dataset, config.data.train_split)[1])
     total_steps = steps_at_epoch_end(
         config.num_epochs, num_examples=train_examples, batch_size=config.batch_size
     )
     dtype = jnp.dtype(config.precision)
-    model = create_model(
-        config.model.name, num_classes=dataset.num_classes, dtype=dtype, **config.model.arguments
-    )
+    model = make_model(config)
     schedule = make_schedule(
         config.schedule.name,
         peak=config.optimizer.learning_rate,
@@ -203,8 +258,14 @@ def make_plan(config: Config) -> Plan:
         weight_decay=optimizer.weight_decay,
     )
     prepare = functools.partial(normalize, mean=config.data.mean, std=config.data.std, dtype=dtype)
-    mesh = make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp)
     image = jax.ShapeDtypeStruct((1, *dataset.image_shape), jnp.float32)
+    variables = jax.eval_shape(
+        lambda image: model.init(jax.random.key(0), image, train=False), image
+    )
+    frozen = train_only(config.train_only, variables["params"])
+    if config.train_only:
+        tx = freeze_updates(tx, frozen)
+    mesh = make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp, devices=devices)
     state = jax.eval_shape(lambda image: init_state(model, tx, image, jax.random.key(0)), image)
     return Plan(
         config=config,
@@ -224,7 +285,9 @@ def make_plan(config: Config) -> Plan:
             augment=make_augment(
                 crop_padding=config.augment.crop_padding, flip=config.augment.flip
             ),
+            frozen=frozen,
         ),
         eval_step=make_eval_step(model, normalize=prepare),
+        predict_step=make_predict_step(model, normalize=prepare),
         state=shard_state(mesh, state),
     )

@@ -26,14 +26,14 @@ def get_config() -> Any:  # a ConfigDict, whose attributes a type checker cannot
     config.num_epochs = 10  # passes over the training images
     config.precision = "float32"  # of the computation: float32 or bfloat16; weights are float32
 
-    # Any other argument of the model may stand beside its name (for modern_cnn: stage_sizes, width,
-    # stem, block, variant, norm); the number of classes comes from the data set.
+    # The model's arguments stand beside its name: for resnet_mini stage_sizes, width, stem, block,
+    # norm, attention and more. The number of classes comes from the data set.
     config.model = ConfigDict(type_safe=False)
-    config.model.name = "modern_cnn"  # a name in cnn_jax.models.MODELS
-    config.model.stage_sizes = (1, 1, 1)  # residual blocks in each stage
-    config.model.width = 32  # channels of the stem; each further stage doubles them
-    config.model.stem = "small"  # strides of small 1, of medium 2 and of large 4 pixels
-    config.model.block = "residual"  # residual (3x3, 3x3) or bottleneck (1x1, 3x3, 1x1)
+    config.model.name = "resnet_mini"  # a name in cnn_jax.models.MODELS
+
+    config.init_from = ""  # weights to start from: .pth, .safetensors or a directory; empty: random
+    config.init_ignore = ()  # parts that start at random all the same, such as ("head",)
+    config.train_only = ()  # patterns of parameters, such as ("head", "stage4_.*"); empty: all
 
     config.data = ConfigDict(type_safe=False)
     config.data.name = "fashion_mnist_10k"  # a name in cnn_jax.data.datasets.DATASETS

@@ -14,7 +14,6 @@ def get_config():
     config = default.get_config()
     config.batch_size = 64
     config.num_epochs = 12
-    config.model.stage_sizes = (1, 1, 1)
     config.model.width = 24
     config.model.stem = "medium"
     config.augment.crop_padding = 1

@@ -7,8 +7,6 @@ Time: as long as you let it run; one epoch is 1,281,167 images of 224 x 224, as 
 Test accuracy: the made-up classes are easy, so it says only that learning works.
 """
 
-from ml_collections import ConfigDict
-
 from configs import default
 
 
@@ -17,7 +15,7 @@ def get_config():
     config.batch_size = 256
     config.num_epochs = 1
     config.precision = "bfloat16"
-    config.model = ConfigDict({"name": "modern_cnn"}, type_safe=False)
+    config.model.name = "modern_cnn"
     config.data.name = "synthetic"
     config.data.mean = (0.5, 0.5, 0.5)
     config.data.std = (0.25, 0.25, 0.25)

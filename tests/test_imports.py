@@ -21,6 +21,7 @@ HEAVY = (
     "tqdm",
     "PIL",
     "filelock",
+    "safetensors",
 )
 NOT_INSTALLED = tuple(name for name in HEAVY if name != "orbax")  # flax itself requires orbax
 

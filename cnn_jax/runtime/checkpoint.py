@@ -50,13 +50,22 @@ def find_damage(step_directory: Path) -> str | None:
     return None
 
 
+def write_manifest(step_directory: Path) -> None:
+    """Writes what `find_damage` reads, for a checkpoint that is complete but for this."""
+    write_atomically(step_directory / MANIFEST, json.dumps(_digests(step_directory), indent=1))
+
+
+def quieten_orbax() -> None:
+    """orbax and tensorstore narrate every save, and print pages for a file they cannot read."""
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+
+
 class Checkpoints:
     """The checkpoints of one run: the newest `keep` and the one with the best accuracy."""
 
     def __init__(self, directory: Path, *, keep: int, log: Callable[[str], None]) -> None:
-        # orbax and tensorstore narrate every save, and print pages for a file they cannot read.
-        logging.getLogger("absl").setLevel(logging.CRITICAL)
-        logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+        quieten_orbax()
         self._directory = directory.absolute()
         self._log = log
         self._saving: int | None = None
@@ -155,7 +164,7 @@ class Checkpoints:
     def _write_manifest(self) -> None:
         # orbax calls this before it renames the directory, so the manifest is part of the commit.
         (step_directory,) = self._directory.glob(f"{self._saving}.*")
-        write_atomically(step_directory / MANIFEST, json.dumps(_digests(step_directory), indent=1))
+        write_manifest(step_directory)
 
     def _set_damaged_aside(self) -> None:
         """Moves damaged checkpoints out of orbax's sight."""

@@ -1,11 +1,13 @@
 """What a run carries from step to step: arrays only."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from cnn_jax.typing import Images
 
@@ -28,10 +30,21 @@ class TrainState:
 
 
 def init_state(
-    model: Any, tx: optax.GradientTransformation, images: Images, key: jax.Array
+    model: Any,
+    tx: optax.GradientTransformation,
+    images: Images,
+    key: jax.Array,
+    *,
+    weights: Mapping[str, Any] | None = None,
 ) -> TrainState:
-    """Returns the state at step 0; only the shape and dtype of `images` matter."""
+    """Returns the state at step 0; only the shape and dtype of `images` matter.
+
+    Variables in `weights` take the place of the random ones that the model starts with.
+    """
     variables = model.init(key, images, train=False)
+    if weights:
+        leaves = {**flatten_dict(variables), **flatten_dict(dict(weights))}
+        variables = {**variables, **unflatten_dict(leaves)}
     params = variables["params"]
     return TrainState(
         step=jnp.zeros((), jnp.int32),

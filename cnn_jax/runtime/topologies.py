@@ -1,0 +1,175 @@
+"""Machines to compile for, by a name such as `v5e:4x4` or `h200:8`, with or without having one.
+
+A process that describes a machine should be started with `Topology.environment()`: JAX reads
+most of it once, when it is imported.
+"""
+
+import dataclasses
+import importlib.util
+import math
+import re
+from typing import Any
+
+import jax
+from jax.experimental.topologies import get_topology_desc
+
+from cnn_jax.errors import UserError, nearest
+from cnn_jax.runtime.accelerators import ACCELERATORS, Accelerator, gpu_target_config
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """Devices of one kind and how they are joined.
+
+    Attributes:
+      name: in full, as `parse_topology` takes it.
+      accelerator: the kind of device.
+      shape: chips along each axis of a TPU slice; else (hosts, devices on each).
+      num_devices: JAX devices in all.
+    """
+
+    name: str
+    accelerator: Accelerator
+    shape: tuple[int, ...]
+    num_devices: int
+
+    @property
+    def platform(self) -> str:
+        """Returns "tpu", "cuda" or "cpu"."""
+        return self.accelerator.platform
+
+    @property
+    def links(self) -> int:
+        """Returns how many links a device (in a TPU slice, an inner one) can send on at once.
+
+        Along an axis of two TPU chips there is one neighbour, along a longer one there are two.
+        Links of a GPU reach the others of its host.
+        """
+        if self.num_devices == 1 or self.accelerator.links is None:
+            return 0
+        if self.platform == "tpu":
+            return sum(min(size - 1, 2) for size in self.shape)
+        return self.accelerator.links
+
+    def environment(self) -> dict[str, str]:
+        """Returns the variables that a process needs before JAX is imported in it.
+
+        Such a process computes on the CPU if at all, so it leaves accelerators that are present
+        to others, and compiles on a TPU machine while another process trains there: libtpu's
+        lock (/tmp/libtpu_lockfile), which guards the chips, is neither awaited nor taken.
+        """
+        return {"JAX_PLATFORMS": "cpu"} | {
+            "cpu": {"JAX_NUM_CPU_DEVICES": str(self.num_devices)},
+            "cuda": {"JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1"},
+            "tpu": {
+                "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+                "TPU_LOG_DIR": "disabled",
+                # Of the machine that libtpu runs on, not of the one described: any will do, but
+                # without them it asks Google Cloud's metadata server, and complains without one.
+                "TPU_SKIP_MDS_QUERY": "1",
+                "TPU_ACCELERATOR_TYPE": "v5litepod-1",
+                "TPU_WORKER_HOSTNAMES": "localhost",
+            },
+        }[self.platform]
+
+    def devices(self) -> list[Any]:
+        """Returns the devices, for `make_mesh` and so for lowering and compiling.
+
+        They hold no arrays, unless they are CPUs. Raises UserError where the compiler for them
+        is not installed or refuses the topology.
+        """
+        try:
+            if self.platform == "tpu":
+                return self._tpu_devices()
+            if self.platform == "cuda":
+                return self._gpu_devices()
+            return self._cpu_devices()
+        except RuntimeError as error:
+            if "lockfile" in str(error):
+                raise UserError(
+                    f"{self.name}: another process uses libtpu; wait for its end, or set "
+                    "ALLOW_MULTIPLE_LIBTPU_LOAD=1 to compile all the same"
+                ) from error
+            raise UserError(f"{self.name}: {str(error).splitlines()[0]}") from error
+
+    def _tpu_devices(self) -> list[Any]:
+        tpu = self.accelerator.tpu
+        if importlib.util.find_spec("libtpu") is None:
+            raise UserError(f'{self.name}: needs libtpu: pip install "cnn_jax[aot-tpu]"')
+        return get_topology_desc(
+            self.name,
+            "tpu",
+            chips_per_host_bounds=[1, 1, 1] if math.prod(self.shape) == 1 else [2, 2, 1],
+            chip_config_name="megacore" if tpu and tpu.megacore else "default",
+        ).devices
+
+    def _gpu_devices(self) -> list[Any]:
+        plugins = ("jax_cuda12_plugin", "jax_cuda13_plugin")
+        if not any(importlib.util.find_spec(plugin) for plugin in plugins):
+            raise UserError(f'{self.name}: needs JAX for CUDA: pip install "cnn_jax[aot-gpu]"')
+        hosts, devices = self.shape
+        return get_topology_desc(
+            self.name,
+            "cuda",
+            target_config=gpu_target_config(self.accelerator),
+            topology=f"1x{hosts}x{devices}",  # slices, hosts of each, devices of each
+        ).devices
+
+    def _cpu_devices(self) -> list[Any]:
+        devices = jax.devices("cpu")
+        if len(devices) < self.num_devices:
+            raise UserError(
+                f"{self.name}: this process has {len(devices)} CPU devices; start it with "
+                f"JAX_NUM_CPU_DEVICES={self.num_devices}"
+            )
+        return devices[: self.num_devices]
+
+
+def parse_topology(text: str) -> Topology:
+    """Returns the topology of a name such as `v5e:4x4`, `v5p:2x2x1`, `h200:8`, `l4` or `cpu:8`.
+
+    Raises UserError where there is no such accelerator, or no such number or shape of it.
+    """
+    kind, colon, size = text.strip().lower().partition(":")
+    if kind not in ACCELERATORS:
+        longer = [name for name in ACCELERATORS if name.startswith(kind)]
+        raise UserError(
+            f"topology {text!r}: no accelerator {kind!r}{nearest(kind, longer or ACCELERATORS)}; "
+            f"known: {', '.join(ACCELERATORS)}"
+        )
+    accelerator = ACCELERATORS[kind]
+    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", size if colon else "1"):
+        raise UserError(f"topology {text!r}: {_rule(kind)}")
+    shape = tuple(int(number) for number in (size or "1").split("x"))
+    if not _exists(accelerator, shape):
+        raise UserError(f"topology {text!r}: {_rule(kind)}")
+    name = f"{kind}:{'x'.join(map(str, shape))}"
+    if accelerator.tpu:
+        devices = math.prod(shape) * accelerator.tpu.devices_per_chip
+        return Topology(name, accelerator, shape, devices)
+    (devices,) = shape
+    hosts = math.ceil(devices / (accelerator.devices_per_host or devices))
+    return Topology(name, accelerator, (hosts, devices // hosts), devices)
+
+
+def _exists(accelerator: Accelerator, shape: tuple[int, ...]) -> bool:
+    """Whether libtpu, or the way in which hosts are filled, knows this shape."""
+    tpu, chips = accelerator.tpu, math.prod(shape)
+    if tpu:
+        whole_hosts = all(size % 2 == 0 for size in shape[:2])
+        return len(shape) == tpu.axes and chips <= tpu.chips_per_pod and (chips == 1 or whole_hosts)
+    full = accelerator.devices_per_host
+    return len(shape) == 1 and (full is None or chips <= full or chips % full == 0)
+
+
+def _rule(kind: str) -> str:
+    accelerator = ACCELERATORS[kind]
+    if tpu := accelerator.tpu:
+        example = "x".join(("2", "2", "1")[: tpu.axes])
+        return (
+            f"{kind} takes the chips along {tpu.axes} axes, such as {kind}:{example}: even along "
+            f"the first two (or 1 along all), at most {tpu.chips_per_pod} in all"
+        )
+    full = accelerator.devices_per_host
+    rule = f"{kind} takes a number of devices, such as {kind}:{full or 8}"
+    return f"{rule}: at most {full}, or full hosts of {full}" if full else rule

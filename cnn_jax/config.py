@@ -8,6 +8,7 @@ import ast
 import collections.abc
 import contextlib
 import dataclasses
+import itertools
 import json
 import math
 import numbers
@@ -256,6 +257,23 @@ def model_arguments(name: str, texts: Iterable[tuple[str, str]]) -> dict[str, An
     if problems:
         raise ConfigError(problems)
     return {key.removeprefix("model."): _typed(schema[key], given[key]) for key in given}
+
+
+def sweep(
+    values: Mapping[str, Any], texts: Iterable[tuple[str, str]]
+) -> list[list[tuple[str, str]]]:
+    """Returns every combination of overrides, where a text may list several values of its key.
+
+    `("batch_size", "256,512")` is two combinations; the values of a key that is a list are one.
+    """
+    schema = _SCHEMA | _model_schema(_flatten(override(values, texts)))
+
+    def choices(key: str, text: str) -> list[tuple[str, str]]:
+        kind, _, _ = _parts(schema.get(key))
+        several = kind in (int, float, str, bool) and "," in text
+        return [(key, part.strip()) for part in (text.split(",") if several else [text])]
+
+    return [list(each) for each in itertools.product(*(choices(*text) for text in texts))]
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

@@ -19,6 +19,7 @@ from cnn_jax.data.datasets import DatasetInfo, dataset_info, split_range
 from cnn_jax.data.pipeline import steps_at_epoch_end
 from cnn_jax.models import create_model
 from cnn_jax.models.geometry import grouped, layers, table
+from cnn_jax.runtime.compiler import CompilerSettings, compiler_settings
 from cnn_jax.runtime.platform import describe_devices
 from cnn_jax.runtime.sharding import batch_sharding, make_mesh, replicated, shard_state
 from cnn_jax.training.augment import make_augment, normalize
@@ -51,6 +52,7 @@ class Plan:
       model: the linen module.
       tx, schedule: the optimiser, and its learning rate by step.
       mesh: the devices.
+      compiler: what the steps are compiled with.
       train_step, eval_step, predict_step: the pure functions that are compiled.
       state: the abstract train state, with the sharding of every array.
     """
@@ -64,6 +66,7 @@ class Plan:
     tx: optax.GradientTransformation
     schedule: optax.Schedule
     mesh: Mesh
+    compiler: CompilerSettings
     train_step: TrainStep
     eval_step: EvalStep
     predict_step: PredictStep
@@ -155,6 +158,7 @@ class Plan:
             "devices": f"{describe_devices()}; mesh "
             + ", ".join(f"{axis} {size}" for axis, size in self.mesh.shape.items()),
             **_origin(config),
+            "compiler": self.compiler.describe(),
             "precision": config.precision,
             "optimizer": f"{config.optimizer.name}, learning rate {config.optimizer.learning_rate} "
             f"({config.schedule.name}, {config.schedule.warmup_epochs:g} epochs of warm-up)",
@@ -217,6 +221,12 @@ def _origin(config: Config) -> dict[str, str]:
     return {"weights": f"start from {config.init_from}{random}"}
 
 
+def _own_device(mesh: Mesh) -> Any:
+    """Returns a device of this process, or None: for another's it cannot compile what it tries."""
+    devices = mesh.devices.flat
+    return next((each for each in devices if each.process_index == jax.process_index()), None)
+
+
 def make_model(config: Config) -> Any:
     """Returns the linen module that `config` describes."""
     return create_model(
@@ -277,6 +287,7 @@ def make_plan(config: Config, *, devices: Sequence[Any] | None = None) -> Plan:
         tx=tx,
         schedule=schedule,
         mesh=mesh,
+        compiler=compiler_settings(device=_own_device(mesh)),
         train_step=make_train_step(
             model,
             tx,

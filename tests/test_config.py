@@ -108,6 +108,11 @@ MISTAKES = {
         f"data.name = 'fashion_mnst': must be one of {', '.join(map(repr, DATASETS))}"
         " (did you mean 'fashion_mnist'?)",
     ),
+    "training what is not there": (
+        {"train_only": ("head", "haed")},
+        "train_only: 'haed': names no parameter (did you mean 'head'?); "
+        "the parts are head, stage1_block1, stage2_block1, stage3_block1, stem",
+    ),
     "missing": ({"num_epochs": ...}, "num_epochs: missing; must be an integer >= 1"),
     "unknown in a section": (
         {"optimizer.momentm": 0.9},

@@ -20,6 +20,7 @@ from cnn_jax.data.sources import Source, fingerprint, open_source
 from cnn_jax.errors import UserError
 from cnn_jax.plan import Plan, make_plan
 from cnn_jax.runtime.checkpoint import Checkpoints
+from cnn_jax.runtime.compiler import CompilationCounter, Options, compile_program
 from cnn_jax.runtime.files import write_atomically
 from cnn_jax.runtime.platform import Interrupted, StopSignals, versions
 from cnn_jax.runtime.report import (
@@ -144,6 +145,7 @@ class _Training:
         self.metrics = metrics
         self.stop = stop
         self.clock = clock
+        self.compilations = CompilationCounter()
         self.window: list[Metrics] = []
         self.window_start = 0.0
         with self.clock.measure("starting"):
@@ -158,7 +160,9 @@ class _Training:
                 ),
             }
             _say("compiling the training and the evaluation step")
-            wait = _compile_together(plan.lower_train_step, plan.lower_eval_step)
+            wait = _compile_together(
+                plan.compiler.options, plan.lower_train_step, plan.lower_eval_step
+            )
             self.step = checkpoints.latest_step() or 0
             self.state = self._restore() if self.step else plan.make_state()
             self.key = plan.make_key()
@@ -184,7 +188,7 @@ class _Training:
             return 128 + interrupted.signum
         finally:
             self.progress.close()
-        _summarize(self.directory, self.metrics, self.clock)
+        _summarize(self.directory, self.metrics, self.clock, self.compilations)
         return 0
 
     def _train(self) -> None:
@@ -323,6 +327,7 @@ class _Training:
 
 
 def _compile_together(
+    options: Options,
     *steps: Callable[[], jax.stages.Lowered],
 ) -> Callable[[], tuple[list[jax.stages.Compiled], float]]:
     """Starts lowering and compiling all steps at once; returns a function that waits for them.
@@ -334,7 +339,7 @@ def _compile_together(
     executor = ThreadPoolExecutor(len(steps))
 
     def timed(lower: Callable[[], jax.stages.Lowered]) -> tuple[jax.stages.Compiled, float]:
-        return lower().compile(), time.perf_counter() - start
+        return compile_program(lower(), options), time.perf_counter() - start
 
     futures = [executor.submit(timed, lower) for lower in steps]
     executor.shutdown(wait=False)
@@ -363,7 +368,12 @@ def _is_evaluated(metrics: MetricsLog, step: int) -> bool:
     return metrics.at(step, "test/accuracy") is not None
 
 
-def _summarize(directory: Path, metrics: MetricsLog, clock: Clock | None) -> None:
+def _summarize(
+    directory: Path,
+    metrics: MetricsLog,
+    clock: Clock | None,
+    compilations: CompilationCounter | None = None,
+) -> None:
     """Prints how the run ended and where things are; draws the curves. Safe to do again."""
     tested = [row for row in metrics.rows if "test/accuracy" in row]
     final, best = tested[-1], max(tested, key=lambda row: (row["test/accuracy"], row["step"]))
@@ -376,6 +386,7 @@ def _summarize(directory: Path, metrics: MetricsLog, clock: Clock | None) -> Non
             "test/loss": final["test/loss"],
             "best": {"step": best["step"], "test/accuracy": best["test/accuracy"]},
             "seconds": seconds,
+            "programs": compilations.as_dict() if compilations else {},
             "versions": versions(),
         }
         write_atomically(path, json.dumps(summary, indent=2) + "\n")
@@ -388,10 +399,11 @@ def _summarize(directory: Path, metrics: MetricsLog, clock: Clock | None) -> Non
     )
     if clock is not None:
         seconds = clock.seconds
+        compiling = f"{duration(seconds['compiling'])}{_kept(compilations)}"
         training, waiting = seconds["training"], seconds["waiting for data"]
         _say(
             f"{duration(clock.total())} in all: starting {duration(seconds['starting'])} "
-            f"(compiling {duration(seconds['compiling'])}), training {duration(training)} "
+            f"(compiling {compiling}), training {duration(training)} "
             f"(waiting for data {duration(waiting)}, {waiting / max(training, 1e-9):.1%}), "
             f"evaluating {duration(seconds['evaluating'])}, saving {duration(seconds['saving'])}"
         )
@@ -399,6 +411,14 @@ def _summarize(directory: Path, metrics: MetricsLog, clock: Clock | None) -> Non
         f"written to {directory}: metrics.jsonl, summary.json, curves.png, tensorboard/, "
         "checkpoints/ (the last state and the best among them)"
     )
+
+
+def _kept(compilations: CompilationCounter | None) -> str:
+    """Returns how many programs an earlier start had compiled."""
+    programs = compilations.hits + compilations.misses if compilations else 0
+    if not compilations or not programs:
+        return ""
+    return f"; {compilations.hits} of {programs} programs were kept"
 
 
 def _say(text: str) -> None:

@@ -8,7 +8,9 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.core import Tracer
 
+from cnn_jax.training.miscompile import warn_if_exposed
 from cnn_jax.typing import Images
 
 
@@ -39,8 +41,12 @@ def init_state(
 ) -> TrainState:
     """Returns the state at step 0; only the shape and dtype of `images` matter.
 
-    Variables in `weights` take the place of the random ones that the model starts with.
+    Variables in `weights` take the place of the random ones that the model starts with. Warns
+    where programs on this machine may be wrong, see `cnn_jax.training.miscompile`, unless `images`
+    are traced, as the commands have it: they compile in a way that avoids it.
     """
+    if not isinstance(images, Tracer):
+        warn_if_exposed()
     variables = model.init(key, images, train=False)
     if weights:
         leaves = {**flatten_dict(variables), **flatten_dict(dict(weights))}

@@ -31,7 +31,8 @@ def strict_run(trainer, tmp_path_factory):
 @pytest.mark.slow
 def test_every_program_is_compiled_once(strict_run):
     compiled = re.findall(r"Finished XLA compilation of jit\((\w+)\)", strict_run[1])
-    assert compiled.count("step") == 2, "the training step and the evaluation step"
+    # The evaluation step again without what the compiler can get wrong, see training/miscompile.
+    assert compiled.count("step") == 3, "the training step and the evaluation step"
     assert compiled.count("all_finite") == 1
 
 

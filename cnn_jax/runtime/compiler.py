@@ -1,0 +1,276 @@
+"""What is asked of the compiler: settings by platform, a cache of programs, and right numbers.
+
+Call `start_cache` before JAX compiles anything, and compile with `compile_program`.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import os
+import platform as host
+import re
+import threading
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from cnn_jax.errors import UserError
+from cnn_jax.training.miscompile import may_be_wrong
+
+Options = Mapping[str, bool | str]
+
+OPTIONS: Mapping[str, Options] = {
+    # XLA's default keeps collectives where they stand; this overlaps them with computation.
+    # https://docs.jax.dev/en/latest/gpu_performance_tips.html, and on in NVIDIA's own JAX images:
+    # https://docs.nvidia.com/jax-toolbox/environment-variables
+    "gpu": {"xla_gpu_enable_latency_hiding_scheduler": True},
+    "tpu": {},  # libtpu chooses by generation, and schedules this way without being asked
+    "cpu": {},
+}
+"""What XLA is told of each platform beyond its own defaults."""
+
+DETERMINISTIC: Mapping[str, Options] = {
+    # Without it cuDNN and the scatters of a gradient add up in whichever order they finish.
+    "gpu": {"xla_gpu_deterministic_ops": True},
+}
+"""What makes two runs equal bit for bit, where XLA does not do so anyhow."""
+
+FLOAT32_PRODUCTS: Mapping[str, str] = {"gpu": "TensorFloat-32 where it has it", "tpu": "bfloat16"}
+"""How JAX's default precision multiplies float32 arrays, where that is not in float32."""
+
+WITHOUT_FUSED_REDUCTIONS: Options = {
+    "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT,"
+    "LIBRARY_FUSION_TYPE_INDIVIDUAL_CONVOLUTION"
+}
+"""What cures a program that `may_be_wrong`: YNNPACK is left with single products only."""
+
+CACHE_BYTES = 4 * 2**30
+
+CONFIG: Any = jax.config  # a type checker does not know its attributes
+
+
+@dataclasses.dataclass(frozen=True)
+class CompilerSettings:
+    """What programs for one platform are compiled with.
+
+    Attributes:
+      platform: tpu, gpu or cpu.
+      options: names and values, for `compile_program`.
+      unknown: options that this version of the compiler does not have; they are left out.
+    """
+
+    platform: str
+    options: Options
+    unknown: tuple[str, ...] = ()
+
+    def describe(self) -> str:
+        """Returns the settings in one line."""
+        asked = [f"{name}={value}" for name, value in self.options.items()]
+        left_out = [f"without {name}, which it does not know" for name in self.unknown]
+        precision = CONFIG.jax_default_matmul_precision or FLOAT32_PRODUCTS.get(self.platform)
+        products = f"float32 products in {precision or 'float32'}"
+        return ", ".join([*(asked or ["XLA's defaults"]), *left_out, products])
+
+
+def compiler_settings(
+    platform: str | None = None, *, deterministic: bool = False, device: Any = None
+) -> CompilerSettings:
+    """Returns what to compile with for `platform`, by default that of JAX's default backend.
+
+    Each option is first tried on an empty program, for `device` (of a described topology, say) or
+    for the default one: a compiler does not know every option of every version.
+
+    Raises ValueError for an unknown platform.
+    """
+    if platform is None:
+        platform = str(jax.default_backend() if device is None else device.platform)
+    if platform not in OPTIONS:
+        raise ValueError(f"platform is {platform!r}; it must be one of {', '.join(OPTIONS)}")
+    wanted = {**OPTIONS[platform], **(DETERMINISTIC.get(platform, {}) if deterministic else {})}
+    known = {name: value for name, value in wanted.items() if _is_known(name, value, device)}
+    return CompilerSettings(platform, known, tuple(name for name in wanted if name not in known))
+
+
+def _is_known(name: str, value: bool | str, device: Any) -> bool:
+    sharding = None if device is None else jax.sharding.SingleDeviceSharding(device)
+    program = jax.jit(lambda: 0, out_shardings=sharding).lower()
+    try:
+        program.compile(compiler_options={name: value})
+    except jax.errors.JaxRuntimeError as error:
+        if "No such compile option" not in str(error):
+            raise
+        return False
+    return True
+
+
+def compile_program(
+    lowered: jax.stages.Lowered, options: Options | None = None
+) -> jax.stages.Compiled:
+    """Returns the program, compiled with `options`, free of a known defect of XLA on the CPU.
+
+    A program that has the mark of that defect is compiled again without the optimisation at
+    fault; the others keep it. See `cnn_jax.training.miscompile`.
+    """
+    options = dict(options or {})
+    compiled = lowered.compile(compiler_options=options)
+    if _platform(compiled) == "cpu" and may_be_wrong(compiled.as_text() or ""):
+        compiled = lowered.compile(compiler_options={**options, **WITHOUT_FUSED_REDUCTIONS})
+        if may_be_wrong(compiled.as_text() or ""):
+            raise UserError(
+                "XLA compiles this program for the CPU in a way that can compute wrong numbers "
+                "(https://github.com/jax-ml/jax/issues/39103), and no option cures it. Train on "
+                "another platform or install another version of jaxlib"
+            )
+    return compiled
+
+
+def _platform(compiled: jax.stages.Compiled) -> str:
+    shardings = jax.tree.leaves((compiled.input_shardings, compiled.output_shardings))
+    return next(iter(shardings[0].device_set)).platform if shardings else jax.default_backend()
+
+
+class CompilationCounter:
+    """Counts the programs of this process that came from the cache, and those that did not.
+
+    Attributes:
+      hits: programs that were read.
+      misses: programs that were compiled, and kept for the next time.
+    """
+
+    def __init__(self) -> None:
+        self._counts = {"hits": 0, "misses": 0}
+        self._lock = threading.Lock()
+        jax.monitoring.register_event_listener(self._listen)
+
+    @property
+    def hits(self) -> int:
+        return self._counts["hits"]
+
+    @property
+    def misses(self) -> int:
+        return self._counts["misses"]
+
+    def as_dict(self) -> dict[str, int]:
+        """Returns the numbers, to write."""
+        return {"from the cache": self.hits, "compiled": self.misses}
+
+    def _listen(self, event: str, **_: Any) -> None:
+        kind = {
+            "/jax/compilation_cache/cache_hits": "hits",
+            "/jax/compilation_cache/cache_misses": "misses",
+        }.get(event)
+        if kind:
+            with self._lock:
+                self._counts[kind] += 1
+
+
+def start_cache(log: Callable[[str], None]) -> str | None:
+    """Makes JAX keep compiled programs, small ones too, in a directory of this user.
+
+    Returns the directory, or None where there is none: JAX_ENABLE_COMPILATION_CACHE=false, or it
+    cannot be used, which is said to `log`. What the user has told JAX itself, by
+    JAX_COMPILATION_CACHE_DIR and the like, holds; of the package's own directory, the programs
+    used longest ago go when they take more than 4 GiB.
+
+    The programs are machine code that JAX runs unseen: a directory that others may write to is
+    not used.
+    """
+    if not CONFIG.jax_enable_compilation_cache:
+        return None
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ or CONFIG.jax_compilation_cache_dir:
+        directory = CONFIG.jax_compilation_cache_dir
+    else:
+        own = _cache_directory()
+        problem = _problem_with(own)
+        if problem:
+            log(f"programs are compiled anew each time, as {own} {problem}")
+            return None
+        _drop_unfinished(own)
+        _replace_damaged(own, log)
+        directory = str(own)
+        jax.config.update("jax_compilation_cache_dir", directory)
+        _unless_told("jax_compilation_cache_max_size", CACHE_BYTES)
+    if not directory:
+        return None
+    _unless_told("jax_persistent_cache_min_compile_time_secs", 0.0)
+    _unless_told("jax_persistent_cache_min_entry_size_bytes", -1)
+    return directory
+
+
+def _cache_directory() -> Path:
+    """Returns where programs for this kind of machine are kept.
+
+    Homes are shared by machines with other processors, whose code would not run here.
+    """
+    processor = host.machine()
+    with contextlib.suppress(OSError):
+        found = re.search(r"^(?:flags|Features)\s*:.*$", Path("/proc/cpuinfo").read_text(), re.M)
+        processor += found[0] if found else ""
+    kind = f"{host.machine()}-{hashlib.sha256(processor.encode()).hexdigest()[:8]}"
+    home = os.environ.get("XDG_CACHE_HOME", "")
+    return Path(home if os.path.isabs(home) else Path.home() / ".cache", "cnn_jax", "xla", kind)
+
+
+def _problem_with(directory: Path) -> str:
+    """Makes the directory; returns what is wrong with it, or an empty string."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        status = directory.stat()
+    except OSError as error:
+        return f"cannot be used: {error.strerror}"
+    if not os.access(directory, os.W_OK | os.X_OK):
+        return "cannot be written to"
+    if hasattr(os, "getuid") and (status.st_uid != os.getuid() or status.st_mode & 0o022):
+        return "can be written to by others"
+    return ""
+
+
+def _drop_unfinished(directory: Path) -> None:
+    """Deletes programs whose writing was cut short; JAX 0.10.2 writes no others beside one.
+
+    JAX writes a program and then its time stamp, with a lock held.
+    """
+    import filelock
+
+    with (
+        contextlib.suppress(OSError, filelock.Timeout),
+        filelock.FileLock(directory / ".lockfile", timeout=1),
+    ):
+        for program in directory.glob("*-cache"):
+            stamp = program.with_name(program.name.removesuffix("-cache") + "-atime")
+            if not stamp.exists():
+                program.unlink(missing_ok=True)
+
+
+def _unless_told(name: str, value: float) -> None:
+    if name.upper() not in os.environ:
+        jax.config.update(name, value)
+
+
+def _replace_damaged(directory: Path, log: Callable[[str], None]) -> None:
+    """Says in one line what JAX warns of, and lets it replace a program that cannot be read.
+
+    JAX compiles such a program again and by itself keeps the damaged one.
+    """
+    show = warnings.showwarning
+    told = re.compile(
+        r"Error (reading|writing) persistent compilation cache entry for '(.+?)': (\w+).*",
+        re.DOTALL,
+    )
+
+    def replace(message: Warning | str, *details: Any, **others: Any) -> None:
+        found = told.match(str(message))
+        if not found:
+            show(message, *details, **others)
+            return
+        action, name, error = found.groups()
+        if action == "reading" and error != "Timeout":  # of the lock: the program may be good
+            with contextlib.suppress(OSError):
+                for program in directory.glob(f"{name}-*-cache"):
+                    program.unlink()
+        log(f"the compilation cache fails at {action} {name}, which is compiled ({error})")
+
+    warnings.showwarning = replace

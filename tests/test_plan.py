@@ -1,0 +1,44 @@
+"""From a configuration to what is compiled."""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from cnn_jax.__main__ import _load
+from cnn_jax.config import override, parse
+from cnn_jax.plan import STEPS, make_plan
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+
+def plan(*texts, devices=None):
+    values = override(_load(CONFIGS / "quickstart.py"), texts)
+    number = len(devices or jax.devices())
+    return make_plan(parse(values, num_devices=number), devices=devices)
+
+
+def test_a_plan_trains_what_the_configuration_names():
+    """And the optimiser keeps nothing for the rest."""
+    made = plan(("train_only", "head,"))
+    kept = [leaf.shape for leaf in jax.tree.leaves(made.state.opt_state)]
+    assert sorted(kept) == [(), (10,), (96, 10)]
+    assert len(jax.tree.leaves(plan().state.opt_state)) > 20
+
+
+def test_every_step_of_a_plan_lowers_for_the_devices_it_is_given():
+    made = plan(devices=jax.devices()[:4])
+    assert made.mesh.shape == {"data": 4, "fsdp": 1}
+    for step in STEPS:
+        lowered = made.lower(step)
+        (images,) = {
+            leaf.shape[0]
+            for leaf in jax.tree.leaves(lowered.in_avals)
+            if len(leaf.shape) == 4 and leaf.dtype == np.uint8
+        }
+        assert images == made.batch_size(step)
+
+
+def test_what_is_predicted_has_a_probability_for_each_class():
+    made = plan(("eval.batch_size", "16"))
+    assert made.lower("prediction").out_info.shape == (16, 10)

@@ -16,11 +16,13 @@ from typing import Any, NoReturn
 
 from cnn_jax import MODELS, __version__
 from cnn_jax.errors import UserError, nearest
+from cnn_jax.runtime.compiler import start_cache
 
 EPILOG = """\
 examples:
   %(prog)s train --config configs/quickstart.py
   %(prog)s inspect --model resnet50
+  %(prog)s compile --config configs/synthetic.py --topology h200:8
 
 '%(prog)s COMMAND --help' explains a command.
 """
@@ -92,6 +94,32 @@ has a ReLU before each addition, and remains another function.
 Exit code: 0 when done, 2 for a mistake in the command, 1 for anything else.
 """
 
+COMPILE_USAGE = """\
+%(prog)s --config FILE --topology NAME[,NAME...] [--config.KEY=VALUE[,VALUE...] ...]
+       [--step STEP[,STEP...]] [--max-batch] [--json FILE] [--dump DIR] [--plot DIR]
+       [--time-limit SECONDS] [--memory-limit GIB]
+       %(prog)s --compare BEFORE.json AFTER.json"""
+
+COMPILE_DESCRIPTION = """\
+Compiles the steps that a run would take, for machines that need not be there, and
+says whether they fit, what they cost and what bounds them. It needs no data, no
+weights and no accelerator. Every combination of topologies and listed values is a
+row. A compile that crashes or hangs is one failed row."""
+
+COMPILE_EPILOG = """\
+examples:
+  %(prog)s --config configs/synthetic.py --topology v5e:2x2,h200:8
+  %(prog)s --config configs/synthetic.py --topology h200 --config.batch_size=256,512 --json a.json
+  %(prog)s --config configs/synthetic.py --topology a100-40gb:8 --max-batch
+  %(prog)s --compare a.json b.json
+
+Topologies: TPU slices such as v5e:4x4, v6e:2x2, v5p:2x2x1, v4:2x2x1 (they take
+pip install "cnn_jax[aot-tpu]"), GPUs such as h200:8, a100-40gb:8, l4
+(pip install "cnn_jax[aot-gpu]"), and cpu:8.
+Exit code: 0 when all was compiled, also what does not fit; 2 for a mistake in the
+command or the configuration; 1 if a compile failed.
+"""
+
 
 def run(arguments: Sequence[str] | None = None) -> NoReturn:
     """Ends the process with the exit code of `main`."""
@@ -135,6 +163,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.command is None:
         parser.print_help()
         return 0
+    start_cache(_note)
     try:
         return options.run(options, overrides)
     except UserError as error:
@@ -143,6 +172,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def _note(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -192,6 +225,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_inspect(commands)
     _add_convert(commands)
+    _add_compile(commands)
     return parser
 
 
@@ -295,6 +329,71 @@ def _add_convert(commands: Any) -> None:
     )
 
 
+def _add_compile(commands: Any) -> None:
+    parser = commands.add_parser(
+        "compile",
+        help="compile a run's steps for a TPU or GPU, with or without having one",
+        usage=COMPILE_USAGE,
+        description=COMPILE_DESCRIPTION,
+        epilog=COMPILE_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.set_defaults(parser=parser, run=_compile)
+    parser.add_argument(
+        "--config", metavar="FILE", type=_existing_file, help="the run whose steps are compiled"
+    )
+    parser.add_argument(
+        "--config.KEY", metavar="VALUE", help="override a key of FILE; several values: a sweep"
+    )
+    parser.add_argument(
+        "--topology", metavar="NAME", type=_names, help="what to compile for, such as v5e:2x2,h200"
+    )
+    parser.add_argument(
+        "--step",
+        metavar="STEP",
+        type=_names,
+        help="train, evaluation, prediction (default: all three)",
+    )
+    parser.add_argument(
+        "--max-batch",
+        action="store_true",
+        help="find the largest batch whose training step fits",
+    )
+    parser.add_argument(
+        "--json", metavar="FILE", type=_new_file, help="write the report to FILE, for --compare"
+    )
+    parser.add_argument(
+        "--dump", metavar="DIR", type=Path, help="write StableHLO and optimised HLO there"
+    )
+    parser.add_argument(
+        "--plot",
+        metavar="DIR",
+        type=Path,
+        help="draw memory over the step, and its kernels, there",
+    )
+    parser.add_argument(
+        "--time-limit",
+        metavar="SECONDS",
+        type=_positive,
+        default=1800,
+        help="for one compile (default: 1800)",
+    )
+    parser.add_argument(
+        "--memory-limit",
+        metavar="GIB",
+        type=_positive,
+        help="of this machine's memory, for one compile (default: none)",
+    )
+    parser.add_argument(
+        "--compare",
+        metavar="FILE",
+        nargs=2,
+        type=_existing_file,
+        help="print what differs between two reports",
+    )
+
+
 def _split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
     """Returns the arguments without any `--config.KEY=VALUE` or `--config.KEY VALUE`, and those.
 
@@ -349,6 +448,16 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r}: must be an integer >= 1")
     return int(text)
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _new_file(text: str) -> Path:
+    if Path(text).exists():
+        raise argparse.ArgumentTypeError(f"{text!r} is already there; name another file")
+    return Path(text)
 
 
 def _image_size(text: str) -> tuple[int, int]:
@@ -435,6 +544,52 @@ def _convert(options: argparse.Namespace, overrides: Sequence[tuple[str, str]]) 
         ignore=options.ignore,
         conv_biases=options.conv_biases,
         layout=options.layout,
+    )
+
+
+def _compile(options: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> int:
+    from cnn_jax.commands import compile as command
+
+    if options.compare:
+        before, after = options.compare
+        reports = command.read_report(before), command.read_report(after)
+        print(command.compare(*reports, (str(before), str(after))))
+        return 0
+    for flag in ("config", "topology"):
+        if not getattr(options, flag):
+            return options.parser.error(f"the following arguments are required: --{flag}")
+
+    from cnn_jax.config import ConfigError, override, parse, sweep
+    from cnn_jax.plan import STEPS
+
+    for step in options.step or STEPS:
+        if step not in STEPS:
+            return options.parser.error(f"--step {step}: must be one of {', '.join(STEPS)}")
+    try:
+        values = _load(options.config)
+        variants = []
+        for texts in sweep(values, overrides):
+            name = ",".join("=".join(text) for text in texts)
+            variants.append(command.Variant(override(values, texts), name))
+        topologies = [command.parse_topology(text) for text in options.topology]
+        for variant in variants:
+            for topology in topologies:
+                parse(variant.values, num_devices=topology.num_devices)
+    except ConfigError as error:
+        print(f"{options.config}: {error}", file=sys.stderr)
+        return 2
+    return command.compile_steps(
+        variants,
+        topologies,
+        command.Options(
+            steps=options.step or STEPS,
+            dump=options.dump,
+            plot=options.plot,
+            time_limit=options.time_limit,
+            memory_limit=options.memory_limit and options.memory_limit * 2**30,
+        ),
+        json_file=options.json,
+        max_batch=options.max_batch,
     )
 
 

@@ -28,7 +28,10 @@ MAY_IMPORT = {  # of the package, by part; every part may import itself
     "__main__": {
         "__init__",
         "errors",
+        "runtime",
         "config",
+        "plan",
+        "commands.compile",
         "commands.convert",
         "commands.inspect",
         "commands.train",

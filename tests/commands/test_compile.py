@@ -1,0 +1,258 @@
+"""Compiling for described machines: real compiles, and compilers that fail."""
+
+import dataclasses
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cnn_jax.__main__ import main
+from cnn_jax.commands import compile as command
+from cnn_jax.runtime.topologies import parse_topology
+
+ROOT = Path(__file__).parents[2]
+SMALL = [
+    "--config.model.width=4",
+    "--config.model.stage_sizes=1,",
+    "--config.batch_size=64",
+    "--config.eval.batch_size=16",
+]
+CONFIG = f"--config={ROOT}/configs/quickstart.py"
+OPTIONS = command.Options(steps=("train",))
+GIB = 2**30
+
+
+def compiled(*arguments):
+    """Runs the command in a process of its own; its exit code and what it printed."""
+    result = subprocess.run(
+        [sys.executable, "-m", "cnn_jax", "compile", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"JAX_NUM_CPU_DEVICES": "1"},
+        timeout=600,
+        check=False,
+    )
+    return result.returncode, result.stdout + result.stderr
+
+
+@pytest.fixture(scope="module")
+def cpu_report(tmp_path_factory):
+    """The folder and the output of all steps compiled for two CPU devices."""
+    folder = tmp_path_factory.mktemp("compile")
+    written = [f"--json={folder / 'a.json'}", f"--dump={folder}", f"--plot={folder}"]
+    code, output = compiled(CONFIG, *SMALL, "--topology=cpu:2", *written)
+    assert code == 0, output
+    return folder, output
+
+
+def test_every_step_is_a_row(cpu_report):
+    folder, output = cpu_report
+    rows = json.loads((folder / "a.json").read_text())["rows"]
+    assert [row["step"] for row in rows] == ["train", "evaluation", "prediction"]
+    assert [row["batch"] for row in rows] == [64, 16, 16]
+    for row in rows:
+        assert row["step"] in output
+        assert row["memory"]["peak"] > row["memory"]["arguments"] > 0
+        assert row["memory"]["fits"] is None
+        assert row["seconds"]["compiling"] > 0
+        assert row["versions"]["jax"]
+        for count in ("flops_per_image", "bytes_per_image"):
+            assert row[count]["hlo"] == pytest.approx(row[count]["compiler"], rel=0.02)
+    # On the padding, too, and without the gradient of the images: within a third of it.
+    train = rows[0]["flops_per_image"]
+    assert train["hlo"] == pytest.approx(train["geometry"], rel=0.33)
+    reduced = [each for each in rows[0]["collectives"] if each["kind"] == "all-reduce"]
+    assert sum(each["bytes"] for each in reduced) > 4 * 350  # the gradients
+    assert rows[2]["collectives"] == []
+
+
+def test_programs_and_pictures_are_written(cpu_report):
+    folder, _ = cpu_report
+    for step in ("train", "evaluation", "prediction"):
+        (optimised,) = folder.glob(f"*{step}.hlo.txt")
+        assert "HloModule" in optimised.read_text()
+        stem = optimised.name.removesuffix(".hlo.txt")
+        assert "stablehlo.convolution" in (folder / f"{stem}.stablehlo.txt").read_text()
+        assert (folder / f"{stem}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_reports_are_compared(cpu_report, tmp_path, capsys):
+    folder, _ = cpu_report
+    report = json.loads((folder / "a.json").read_text())
+    report["rows"][0]["kernels"] += 10
+    del report["rows"][1]
+    other = tmp_path / "b.json"
+    other.write_text(json.dumps(report))
+    assert main(["compile", "--compare", str(folder / "a.json"), str(other)]) == 0
+    output = capsys.readouterr().out
+    kernels = report["rows"][0]["kernels"]
+    assert f"kernels: {kernels - 10:,.4g} -> {kernels:,.4g}" in output
+    assert "evaluation: only in" in output
+    assert "prediction: the same" in output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--topology=v5e:3x3"], 1, "v5e takes the chips along 2 axes"),
+        (["--topology=h20"], 1, r"no accelerator 'h20' (did you mean 'h200'?)"),
+        (["--topology=cpu:3"], 2, "batch_size = 64: must be divisible by the number of devices, 3"),
+        (["--topology=cpu:1", "--config.batch_size=64,x"], 2, "batch_size = 'x': must be an int"),
+        (["--topology=cpu:1", "--max-batch"], 1, "cpu:1: its memory is not known"),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_compiled(arguments, code, message, capsys):
+    assert main(["compile", CONFIG, *arguments]) == code
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert "Traceback" not in captured.err
+    assert captured.out == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--topology=cpu:1"], "required: --config"),
+        ([CONFIG], "required: --topology"),
+        ([CONFIG, "--topology=cpu:1", "--step=trian"], "--step trian: must be one of train, eval"),
+        ([CONFIG, f"--json={ROOT}/README.md"], "is already there"),
+    ],
+)
+def test_mistakes_in_the_command(arguments, message, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(["compile", *arguments])
+    assert exit_.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_file_that_is_no_report_is_refused(tmp_path, capsys):
+    path = tmp_path / "other.json"
+    path.write_text("[]")
+    assert main(["compile", "--compare", str(path), str(path)]) == 1
+    assert "no report of `compile --json`" in capsys.readouterr().err
+
+
+@pytest.fixture
+def compiler(monkeypatch, tmp_path):
+    """Returns `play(code)`: the compiler in the child becomes those lines of Python."""
+
+    def play(code):
+        script = tmp_path / "compiler.py"
+        script.write_text(
+            f"import json, os, signal, sys, time\nrequest = json.load(sys.stdin)\n{code}"
+        )
+        popen = subprocess.Popen
+        monkeypatch.setattr(
+            command.subprocess,
+            "Popen",
+            lambda arguments, **named: popen([sys.executable, str(script)], **named),
+        )
+
+    return play
+
+
+def one_row(options=OPTIONS):
+    return command.compile_one(command.Variant({}), parse_topology("v5e:2x2"), "train", options)
+
+
+@pytest.mark.parametrize(
+    ("code", "error"),
+    [
+        ("os.kill(os.getpid(), signal.SIGSEGV)", "the compiler died of signal 11"),
+        ("print('a stack'); sys.exit('what it said last')", "the compiler died: what it said last"),
+        ("time.sleep(600)", "stopped after 0.5 s, the time limit"),
+        ("held = bytearray(10**9); time.sleep(600)", "GiB; the memory limit is 0.5 GiB"),
+    ],
+)
+def test_a_compiler_that_fails_is_a_row(code, error, compiler):
+    compiler(code)
+    limits = {"time_limit": 0.5} if "0.5 s" in error else {"memory_limit": GIB // 2}
+    row = one_row(dataclasses.replace(OPTIONS, **limits))
+    assert error in row["error"]
+    assert "failed" in command.table([row])
+    assert error in "\n".join(command.details([row]))
+
+
+def test_the_other_rows_go_on_and_the_exit_code_says_so(compiler, capsys):
+    compiler("os.kill(os.getpid(), signal.SIGKILL)")
+    topologies = [parse_topology("v5e:2x2"), parse_topology("h200")]
+    assert command.compile_steps([command.Variant({})], topologies, OPTIONS) == 1
+    output = capsys.readouterr().out
+    assert output.count("the compiler died of signal 9") == 2
+
+
+def test_a_program_that_a_tpu_compiler_refuses_does_not_fit(compiler, capsys):
+    compiler(
+        "answer = {'error': 'RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. '\n"
+        "          'Used 20.50G of 15.75G hbm. Exceeded hbm capacity by 4.75G.'}\n"
+        "open(request['report'], 'w').write(json.dumps(answer))"
+    )
+    row = one_row()
+    assert row["memory"] == {"peak": int(20.5 * GIB), "capacity": int(15.75 * GIB), "fits": False}
+    assert "no, by 4.75 GiB" in command.table([row])
+
+
+@pytest.mark.parametrize("bytes_per_image", [7.3e6, 61e6, 900e6])
+@pytest.mark.parametrize("fixed", [0, 2e9])
+def test_the_largest_batch_is_found(bytes_per_image, fixed, monkeypatch):
+    """By a memory that grows in steps; at most nine compiles."""
+    topology = parse_topology("h200:8")
+    capacity = topology.accelerator.memory
+    tried = []
+
+    def compile_one(variant, topology, step, options):
+        batch = variant.values["batch_size"]
+        tried.append(batch)
+        peak = int(fixed + 1.02 ** (batch % 5) * bytes_per_image * batch / 8)
+        memory = {"peak": peak, "capacity": capacity, "fits": peak <= capacity}
+        return {"topology": "h200:8", "variant": variant.name, "step": step} | {
+            "batch": batch,
+            "memory": memory,
+        }
+
+    monkeypatch.setattr(command, "compile_one", compile_one)
+    rows = command.largest_batch(command.Variant({}), topology, OPTIONS)
+    fitting = [row["batch"] for row in rows if row["memory"]["fits"]]
+    beyond = [row["batch"] for row in rows if not row["memory"]["fits"]]
+    assert max(fitting) + 64 == min(beyond)
+    assert max(fitting) % 64 == 0
+    assert len(tried) <= 9
+    assert [row["batch"] for row in rows] == sorted(tried)
+
+
+@pytest.mark.parametrize(
+    ("topology", "needs"), [("v5e:2x2", "libtpu"), ("h200:8", "jax_cuda12_plugin")]
+)
+def test_a_small_model_compiles_for_machines_that_are_not_there(topology, needs, tmp_path):
+    if importlib.util.find_spec(needs) is None:
+        pytest.skip(f"{needs} is not installed")
+    report = tmp_path / "report.json"
+    code, output = compiled(
+        CONFIG,
+        *SMALL,
+        "--config.precision=bfloat16",
+        f"--topology={topology}",
+        "--step=train",
+        f"--json={report}",
+    )
+    assert code == 0, output
+    (row,) = json.loads(report.read_text())["rows"]
+    assert row["devices"] == parse_topology(topology).num_devices
+    assert row["memory"]["fits"]
+    assert row["estimate"]["images_per_second"] > 0
+    assert (
+        sum(each["bytes"] for each in row["collectives"]) > 2 * 350
+    )  # the gradients, perhaps in bfloat16
+
+
+def test_a_missing_compiler_names_the_extra(tmp_path):
+    if importlib.util.find_spec("libtpu") is not None:
+        pytest.skip("libtpu is installed")
+    code, output = compiled(CONFIG, *SMALL, "--topology=v5e:2x2", "--step=train")
+    assert code == 1
+    assert 'v5e:2x2: needs libtpu: pip install "cnn_jax[aot-tpu]"' in output

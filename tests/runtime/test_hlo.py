@@ -687,6 +687,35 @@ def test_large_buffers_are_named_with_their_layer_and_line():
     assert hlo.large_buffers(program, 201) == (wide,)
 
 
+NESTED = """
+%largest (q: f32[8,5]) -> ((f32[8], s32[8]), f32[8,5]) {
+  %q.9 = f32[8,5]{1,0} parameter(0)
+  %best = f32[8]{0} slice(%q.9), slice={[0:8], [0:1]}
+  %place = s32[8]{0} iota(), iota_dimension=0
+  %pair = (f32[8]{0}, s32[8]{0}) tuple(%best, %place)
+  ROOT %both = ((f32[8]{0}, s32[8]{0}), f32[8,5]{1,0}) tuple(%pair, %q.9)
+}
+"""
+
+
+def test_a_fusion_that_returns_a_tuple_of_tuples():
+    """As a GPU's argmax beside an addition; each array has a buffer, under the fusion's name."""
+    program = module(
+        """%x = f32[8,5]{1,0} parameter(0), metadata={op_name="batch"}
+        %f = ((f32[8]{0}, s32[8]{0}), f32[8,5]{1,0}) fusion(%x), kind=kInput, calls=%largest, metadata={op_name="reduce"}
+        %first = (f32[8]{0}, s32[8]{0}) get-tuple-element(%f), index=0
+        ROOT %index = s32[8]{0} get-tuple-element(%first), index=1""",  # noqa: E501
+        NESTED,
+    )
+    made = [each for each in hlo.large_buffers(program, 1) if each.opcode == "fusion"]
+    assert [(each.bytes, each.op_name) for each in made] == [
+        (160, "reduce"),
+        (32, "reduce"),
+        (32, "reduce"),
+    ]
+    assert max(point.total for point in hlo.liveness(program).points) == 160 + 160 + 64
+
+
 STEP = """
   %w = f32[100]{0} parameter(0), metadata={op_name="params"}
   %x = f32[50]{0} parameter(1), metadata={op_name="batch"}

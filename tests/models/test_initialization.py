@@ -102,7 +102,7 @@ def test_residual_networks_start_as_torchvision_s(arguments):
     ids=lambda arguments: f"{arguments['name']}-{arguments.get('norm', 'batch')}",
 )
 def test_the_defaults_of_torch_s_layers(arguments):
-    """Weights and biases U(-1 / sqrt(fan_in), 1 / sqrt(fan_in)), in convolutions and dense layers."""
+    """Weights and biases U(-1 / sqrt(fan_in), 1 / sqrt(fan_in)), convolutions and dense alike."""
     leaves = initial(num_classes=50, initialization="torch", **arguments)
     assert_norms_start_as_one(leaves)
     kernels = {path: leaf for path, leaf in leaves.items() if path.endswith("kernel")}

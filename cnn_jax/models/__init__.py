@@ -46,11 +46,11 @@ def model_class(name: str) -> Any:
     return make.func if isinstance(make, functools.partial) else make
 
 
-def create_model(name: str, **overrides: Any) -> Any:
+def create_model(name: str, /, **overrides: Any) -> Any:
     """Returns the named model with its attributes overridden.
 
-    Raises UserError (a ValueError) for a name that is not in `MODELS` or an argument that the model
-    does not have.
+    Among them is flax's own `name`, of the module inside another. Raises UserError (a ValueError)
+    for a name that is not in `MODELS` or an argument that the model does not have.
     """
     if name not in MODELS:
         raise UserError(

@@ -145,7 +145,7 @@ class CBAM(Attention):
             dtype=self.dtype,
             name="spatial",
         )
-        return x * gate(summary, train=train)
+        return x * gate(summary, train=train).astype(x.dtype)
 
 
 def check_odd(kernel_size: int) -> None:

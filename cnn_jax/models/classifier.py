@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from cnn_jax.models.initialization import TORCH, Initialization
 from cnn_jax.models.layers import at_least
-from cnn_jax.models.normalization import Norm
+from cnn_jax.models.normalization import NORMS, Norm
 from cnn_jax.models.pooling import POOLS
 from cnn_jax.typing import FeatureMap, Images, Logits
 
@@ -88,7 +88,8 @@ class Classifier(nn.Module):
     @nn.nowrap
     def check(self) -> None:
         """Raises ValueError for an attribute that cannot be."""
-        raise NotImplementedError
+        one_of("norm", self.norm, NORMS)
+        one_of("pool", self.pool, POOLS)
 
     @nn.nowrap
     def make_head(self) -> Head:
@@ -126,7 +127,7 @@ def depth_rates(rate: float, stage_sizes: Sequence[int]) -> list[list[float]]:
     """
     if not 0 <= rate < 1:
         raise ValueError(f"stochastic_depth_rate={rate}: must be >= 0 and < 1")
-    if not stage_sizes or min(stage_sizes) < 1:
+    if not isinstance(stage_sizes, Sequence) or not stage_sizes or min(stage_sizes) < 1:
         raise ValueError(
             f"stage_sizes={stage_sizes}: must be one or more numbers of blocks, each >= 1"
         )

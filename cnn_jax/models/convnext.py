@@ -38,6 +38,7 @@ class ConvNeXt(Classifier):
 
     @property
     def feature_strides(self) -> tuple[int, ...]:
+        self.check()
         return tuple(STEM_STRIDES[self.stem] * 2**stage for stage in range(len(self.stage_sizes)))
 
     @nn.nowrap
@@ -83,8 +84,8 @@ class ConvNeXt(Classifier):
 
     @nn.nowrap
     def check(self) -> None:
+        super().check()
         one_of("stem", self.stem, STEM_STRIDES)
-        one_of("norm", self.norm, NORMS)
         one_of("initialization", self.initialization, INITIALIZATIONS)
         at_least(1, width=self.width)
         depth_rates(self.stochastic_depth_rate, self.stage_sizes)

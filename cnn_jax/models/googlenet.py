@@ -49,6 +49,7 @@ class GoogLeNet(Classifier):
 
     @property
     def feature_strides(self) -> tuple[int, ...]:
+        self.check()
         return tuple(STEM_STRIDES[self.stem] * 2**stage for stage in range(len(self._digits())))
 
     @nn.nowrap
@@ -99,8 +100,8 @@ class GoogLeNet(Classifier):
 
     @nn.nowrap
     def check(self) -> None:
+        super().check()
         one_of("stem", self.stem, STEM_STRIDES)
-        one_of("norm", self.norm, NORMS)
         one_of("initialization", self.initialization, INITIALIZATIONS)
         if list(self.blocks) != [name for name in CHANNELS if name in self.blocks]:
             raise ValueError(

@@ -1,6 +1,7 @@
 """The layer that blocks are made of."""
 
 from collections.abc import Callable, Sequence
+from numbers import Integral
 from typing import Any, TypeAlias
 
 import flax.linen as nn
@@ -39,9 +40,12 @@ def symmetric(padding: Size) -> list[tuple[int, int]]:
 
 
 def at_least(least: int, **arguments: Any) -> None:
-    """Raises ValueError for an argument, a number or a sequence of them, below `least`."""
+    """Raises ValueError for an argument, an integer or a sequence of them, below `least`."""
     for name, value in arguments.items():
-        if min(value if isinstance(value, Sequence) else [value], default=least) < least:
+        numbers = value if isinstance(value, list | tuple) else [value]
+        if not all(isinstance(number, Integral) for number in numbers):
+            raise ValueError(f"{name}={value!r}: must be an integer >= {least}")
+        if min(numbers, default=least) < least:
             raise ValueError(f"{name}={value}: must be >= {least}")
 
 

@@ -66,6 +66,7 @@ class ModernCNN(Classifier):
 
     @property
     def feature_strides(self) -> tuple[int, ...]:
+        self.check()
         return tuple(STEM_STRIDES[self.stem] * 2**stage for stage in range(len(self.stage_sizes)))
 
     @nn.compact
@@ -136,10 +137,10 @@ class ModernCNN(Classifier):
 
     @nn.nowrap
     def check(self) -> None:
+        super().check()
         one_of("stem", self.stem, STEM_STRIDES)
         one_of("block", self.block, BLOCKS)
         one_of("variant", self.variant, VARIANTS)
-        one_of("norm", self.norm, NORMS)
         one_of("attention", self.attention, ATTENTIONS)
         one_of("downsample", self.downsample, DOWNSAMPLES)
         one_of("initialization", self.initialization, INITIALIZATIONS)

@@ -77,8 +77,8 @@ def frozen_statistics(frozen: Frozen) -> Any:
         normalizes = context.method_name == "__call__" and hasattr(module, "use_running_average")
         if not normalizes or not frozen("/".join([*module.path, "scale"])):
             return method(*arguments, **named)
-        if module.use_running_average is None:
-            return method(*arguments, **{**named, "use_running_average": True})
+        if module.use_running_average is None:  # said in the call, by position or by name
+            return method(arguments[0], **{**named, "use_running_average": True})
         if module.use_running_average:
             return method(*arguments, **named)
         return module.clone(parent=module.scope, use_running_average=True)(*arguments, **named)
@@ -87,4 +87,5 @@ def frozen_statistics(frozen: Frozen) -> Any:
 
 
 def _path(path: Sequence[Any]) -> str:
-    return "/".join(str(key.key) for key in path)
+    """Returns the names along the path; the box of a partitioned parameter has none."""
+    return "/".join(str(key.key) for key in path if hasattr(key, "key"))

@@ -93,8 +93,9 @@ def test_gates_that_cannot_be_are_refused(module, message):
 
 
 @pytest.mark.parametrize("module", [SqueezeExcite(), EfficientChannelAttention(), CBAM()])
-def test_a_gate_keeps_the_dtype_of_the_computation(module):
-    module = module.clone(dtype=jnp.bfloat16)
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, None])
+def test_a_gate_keeps_the_dtype_of_the_computation(module, dtype):
+    module = module.clone(dtype=dtype)
     images = jnp.zeros((1, 8, 8, 32), jnp.bfloat16)
     output, variables = jax.eval_shape(
         lambda: module.init_with_output(jax.random.key(0), images, train=False)

@@ -4,6 +4,7 @@ import itertools
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 
@@ -83,6 +84,15 @@ def test_other_starts_and_precisions_have_the_same_tree(name, arguments):
     )
 
 
+def test_strides_of_a_network_that_cannot_be_are_refused():
+    with pytest.raises(ValueError, match="stem='larg': must be one of 'large'"):
+        _ = create_model("resnet_mini", stem="larg").feature_strides
+
+
+def test_a_model_has_the_name_it_is_given_inside_another():
+    assert create_model("resnet_mini", features_only=True, name="backbone").name == "backbone"
+
+
 def test_an_unknown_model_lists_the_known_and_the_nearest():
     with pytest.raises(
         ValueError, match=r"'resnt50': unknown \(did you mean 'resnet50'\?\); known"
@@ -100,6 +110,7 @@ def test_an_unknown_argument_lists_the_known_and_the_nearest():
     ("name", "arguments", "message"),
     [
         ("resnet_mini", {"num_classes": 0}, "num_classes=0: must be >= 1"),
+        ("convnext_mini", {"pool": "x", "features_only": True}, "pool='x': must be one of"),
         ("resnet_mini", {"pool": "sum"}, "pool='sum': must be one of 'average', 'max', 'gen"),
         ("resnet_mini", {"attention": "se"}, "attention='se': must be one of 'none', 'squeeze"),
         ("resnet_mini", {"downsample": "x"}, "downsample='x': must be one of 'projection', 'av"),
@@ -133,6 +144,21 @@ def test_an_unknown_argument_lists_the_known_and_the_nearest():
 def test_networks_that_cannot_be_are_refused(name, arguments, message):
     with pytest.raises(ValueError, match=message):
         outputs(create_model(name, **arguments), (1, 64, 64, 3))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"width": 1.5}, "width=1.5: must be an integer >= 1"),
+        ({"width": "8"}, "width='8': must be an integer >= 1"),
+        ({"stage_sizes": 2}, "stage_sizes=2: must be one or more numbers"),
+    ],
+)
+def test_arguments_of_another_type_are_refused(monkeypatch, arguments, message):
+    """By the message that users see, who run without the type checks of these tests."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    with pytest.raises(ValueError, match=message):
+        outputs(create_model("resnet_mini", **arguments), (1, 64, 64, 3))
 
 
 @pytest.mark.parametrize("name", ["resnet50", "googlenet", "convnext_tiny"])

@@ -24,7 +24,9 @@ class TheirNorms(nn.Module):
 
     @nn.compact
     def __call__(self, images, *, train: bool):
-        x = nn.Conv(3, (3, 3), name="first")(images)
+        partitioned = nn.with_partitioning(nn.initializers.lecun_normal(), (None,) * 4)
+        x = nn.Conv(3, (3, 3), kernel_init=partitioned, name="first")(images)
+        x = nn.BatchNorm(name="zeroth_norm")(x, not train)
         x = nn.BatchNorm(name="first_norm")(x, use_running_average=not train)
         x = nn.BatchNorm(use_running_average=not train, name="second_norm")(x)
         return nn.Dense(5, name="head")(x.mean(axis=(1, 2)))
@@ -39,7 +41,7 @@ def batch(seed):
 def leaves(tree):
     return {
         jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf)
-        for path, leaf in jax.tree.leaves_with_path(tree)
+        for path, leaf in jax.tree.leaves_with_path(nn.meta.unbox(tree))
     }
 
 

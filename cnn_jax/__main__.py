@@ -29,7 +29,7 @@ examples:
 
 TRAIN_USAGE = """\
 %(prog)s --config FILE [--config.KEY=VALUE ...]
-       [--workdir DIR] [--dry-run] [--accept-config-changes]"""
+       [--workdir DIR] [--compiled DIR] [--dry-run] [--accept-config-changes]"""
 
 TRAIN_DESCRIPTION = """\
 Trains the network that FILE describes and evaluates it on every test image.
@@ -97,7 +97,7 @@ Exit code: 0 when done, 2 for a mistake in the command, 1 for anything else.
 COMPILE_USAGE = """\
 %(prog)s --config FILE --topology NAME[,NAME...] [--config.KEY=VALUE[,VALUE...] ...]
        [--step STEP[,STEP...]] [--max-batch] [--json FILE] [--dump DIR] [--plot DIR]
-       [--time-limit SECONDS] [--memory-limit GIB]
+       [--save DIR] [--time-limit SECONDS] [--memory-limit GIB]
        %(prog)s --compare BEFORE.json AFTER.json"""
 
 COMPILE_DESCRIPTION = """\
@@ -111,6 +111,8 @@ examples:
   %(prog)s --config configs/synthetic.py --topology v5e:2x2,h200:8
   %(prog)s --config configs/synthetic.py --topology h200 --config.batch_size=256,512 --json a.json
   %(prog)s --config configs/synthetic.py --topology a100-40gb:8 --max-batch
+  %(prog)s --config configs/quickstart.py --topology cpu:1 --save programs
+  python train.py --config configs/quickstart.py --compiled programs
   %(prog)s --compare a.json b.json
 
 Topologies: TPU slices such as v5e:4x4, v6e:2x2, v5p:2x2x1, v4:2x2x1 (they take
@@ -214,6 +216,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.add_argument(
         "--workdir", metavar="DIR", help="where the run writes (default: runs/<name of FILE>)"
+    )
+    train.add_argument(
+        "--compiled",
+        metavar="DIR",
+        type=_existing_directory,
+        help="start without compiling, with the programs of `compile --save DIR` if they fit",
     )
     train.add_argument(
         "--dry-run", action="store_true", help="check everything, print the plan and stop"
@@ -373,6 +381,12 @@ def _add_compile(commands: Any) -> None:
         help="draw memory over the step, and its kernels, there",
     )
     parser.add_argument(
+        "--save",
+        metavar="DIR",
+        type=Path,
+        help="write the programs there, for `train --compiled DIR`",
+    )
+    parser.add_argument(
         "--time-limit",
         metavar="SECONDS",
         type=_positive,
@@ -434,6 +448,12 @@ def _existing_file(text: str) -> Path:
     return path
 
 
+def _existing_directory(text: str) -> Path:
+    if not Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"no directory {text!r}")
+    return Path(text)
+
+
 def _model_name(text: str) -> str:
     if text not in MODELS:
         raise argparse.ArgumentTypeError(f"unknown model {text!r}{_hint_or_all(text, MODELS)}")
@@ -451,12 +471,14 @@ def _positive(text: str) -> int:
 
 
 def _names(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",") if name.strip()]
+    return list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
 
 
 def _new_file(text: str) -> Path:
     if Path(text).exists():
         raise argparse.ArgumentTypeError(f"{text!r} is already there; name another file")
+    if not Path(text).parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r}: there is no directory {Path(text).parent}")
     return Path(text)
 
 
@@ -486,6 +508,7 @@ def _train(options: argparse.Namespace, overrides: Sequence[tuple[str, str]]) ->
         return train(
             config,
             workdir,
+            compiled=options.compiled,
             dry_run=options.dry_run,
             accept_config_changes=options.accept_config_changes,
         )
@@ -551,6 +574,8 @@ def _compile(options: argparse.Namespace, overrides: Sequence[tuple[str, str]]) 
     from cnn_jax.commands import compile as command
 
     if options.compare:
+        if options.config or options.topology or overrides:
+            return options.parser.error("--compare: takes two reports and nothing else")
         before, after = options.compare
         reports = command.read_report(before), command.read_report(after)
         print(command.compare(*reports, (str(before), str(after))))
@@ -561,23 +586,48 @@ def _compile(options: argparse.Namespace, overrides: Sequence[tuple[str, str]]) 
 
     from cnn_jax.config import ConfigError, override, parse, sweep
     from cnn_jax.plan import STEPS
+    from cnn_jax.runtime.executables import saved_files
+    from cnn_jax.runtime.platform import Interrupted, StopSignals
 
     for step in options.step or STEPS:
         if step not in STEPS:
             return options.parser.error(f"--step {step}: must be one of {', '.join(STEPS)}")
     try:
-        values = _load(options.config)
-        variants = []
-        for texts in sweep(values, overrides):
-            name = ",".join("=".join(text) for text in texts)
-            variants.append(command.Variant(override(values, texts), name))
         topologies = [command.parse_topology(text) for text in options.topology]
+    except UserError as error:
+        return options.parser.error(str(error))
+    for topology in topologies:
+        if options.max_batch and topology.accelerator.memory is None:
+            return options.parser.error(f"--max-batch: the memory of {topology.name} is not known")
+    try:
+        values = _load(options.config)
+        variants = [
+            command.Variant(override(values, texts), name)
+            for name, texts in sweep(values, overrides).items()
+        ]
         for variant in variants:
             for topology in topologies:
                 parse(variant.values, num_devices=topology.num_devices)
     except ConfigError as error:
         print(f"{options.config}: {error}", file=sys.stderr)
         return 2
+    if options.save:
+        if options.max_batch or len(variants) * len(topologies) > 1:
+            return options.parser.error("--save: takes one topology and one configuration")
+        for step in options.step or STEPS:
+            for path in filter(Path.exists, saved_files(options.save, step)):
+                return options.parser.error(f"--save: {path} is already there")
+    try:
+        with StopSignals():
+            return _compile_all(command, variants, topologies, options)
+    except Interrupted as interrupted:
+        print("interrupted", file=sys.stderr)
+        return 128 + interrupted.signum
+
+
+def _compile_all(command: Any, variants: Any, topologies: Any, options: argparse.Namespace) -> int:
+    from cnn_jax.plan import STEPS
+
     return command.compile_steps(
         variants,
         topologies,
@@ -585,6 +635,7 @@ def _compile(options: argparse.Namespace, overrides: Sequence[tuple[str, str]]) 
             steps=options.step or STEPS,
             dump=options.dump,
             plot=options.plot,
+            save=options.save,
             time_limit=options.time_limit,
             memory_limit=options.memory_limit and options.memory_limit * 2**30,
         ),

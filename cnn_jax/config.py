@@ -261,19 +261,28 @@ def model_arguments(name: str, texts: Iterable[tuple[str, str]]) -> dict[str, An
 
 def sweep(
     values: Mapping[str, Any], texts: Iterable[tuple[str, str]]
-) -> list[list[tuple[str, str]]]:
+) -> dict[str, list[tuple[str, str]]]:
     """Returns every combination of overrides, where a text may list several values of its key.
 
-    `("batch_size", "256,512")` is two combinations; the values of a key that is a list are one.
+    `("batch_size", "256,512")` makes "batch_size=256" and "batch_size=512"; the values of a key
+    that is a list are one. A combination is named by the keys that have several values, "" where
+    none has; of a key that comes twice the last text holds.
     """
-    schema = _SCHEMA | _model_schema(_flatten(override(values, texts)))
+    given = dict(texts)
+    schema = _SCHEMA | _model_schema(_flatten(override(values, given.items())))
 
-    def choices(key: str, text: str) -> list[tuple[str, str]]:
+    def choices(key: str) -> list[str]:
         kind, _, _ = _parts(schema.get(key))
-        several = kind in (int, float, str, bool) and "," in text
-        return [(key, part.strip()) for part in (text.split(",") if several else [text])]
+        several = kind in (int, float, str, bool)
+        return list(dict.fromkeys(given[key].split(","))) if several else [given[key]]
 
-    return [list(each) for each in itertools.product(*(choices(*text) for text in texts))]
+    swept = {key: choices(key) for key in given}
+    return {
+        ",".join(f"{k}={t}" for k, t in zip(swept, each, strict=True) if len(swept[k]) > 1): list(
+            zip(swept, each, strict=True)
+        )
+        for each in itertools.product(*swept.values())
+    }
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

@@ -20,6 +20,7 @@ from cnn_jax.data.pipeline import steps_at_epoch_end
 from cnn_jax.models import create_model
 from cnn_jax.models.geometry import grouped, layers, table
 from cnn_jax.runtime.compiler import CompilerSettings, compiler_settings
+from cnn_jax.runtime.executables import conditions
 from cnn_jax.runtime.platform import describe_devices
 from cnn_jax.runtime.sharding import batch_sharding, make_mesh, replicated, shard_state
 from cnn_jax.training.augment import make_augment, normalize
@@ -105,26 +106,44 @@ class Plan:
         """Returns the images in one of `STEPS`, over all devices together."""
         return self.config.batch_size if step == "train" else self.config.eval.batch_size
 
+    def arguments(self, step: str) -> dict[str, Any]:
+        """Returns the abstract arguments of one of `STEPS` by name, with their shardings."""
+        batch_size = self.batch_size(step)
+        if step == "train":
+            key = jax.eval_shape(lambda: jax.random.key(0))
+            key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=replicated(self.mesh))
+            batch = self._batch(batch_size, index=jnp.int32, epoch=jnp.int32)
+            return {"state": self.state, "batch": batch, "key": key}
+        batch = self._batch(batch_size, mask=jnp.float32)
+        if step == "prediction":
+            batch = {"image": batch["image"]}
+        return {"state": self.state, "batch": batch}
+
+    def conditions(self, step: str, lowered: jax.stages.Lowered) -> dict[str, str]:
+        """Returns what a program of one of `STEPS` holds for, to keep beside it and compare."""
+        return conditions(
+            lowered,
+            self.arguments(step),
+            mesh=self.mesh,
+            options=self.compiler.options,
+            config=flatten_dict(self.config.as_dict(), sep="."),
+        )
+
     def lower_train_step(self) -> jax.stages.Lowered:
         """Returns the train step, ready to compile; it takes the place of the state it is given."""
-        key = jax.eval_shape(lambda: jax.random.key(0))
-        key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=replicated(self.mesh))
-        batch = self._batch(self.config.batch_size, index=jnp.int32, epoch=jnp.int32)
         shardings = (jax.tree.map(lambda leaf: leaf.sharding, self.state), replicated(self.mesh))
         step = jax.jit(self.train_step, donate_argnums=0, out_shardings=shardings)
-        return step.lower(self.state, batch, key)
+        return step.lower(*self.arguments("train").values())
 
     def lower_eval_step(self) -> jax.stages.Lowered:
         """Returns the evaluation step, ready to compile."""
-        batch = self._batch(self.config.eval.batch_size, mask=jnp.float32)
         step = jax.jit(self.eval_step, out_shardings=replicated(self.mesh))
-        return step.lower(self.state, batch)
+        return step.lower(*self.arguments("evaluation").values())
 
     def lower_predict_step(self) -> jax.stages.Lowered:
         """Returns the prediction step, ready to compile."""
-        batch = self._batch(self.config.eval.batch_size)
         step = jax.jit(self.predict_step, out_shardings=batch_sharding(self.mesh))
-        return step.lower(self.state, {"image": batch["image"]})
+        return step.lower(*self.arguments("prediction").values())
 
     def learning_rate(self, step: int) -> float:
         """Returns the learning rate of the step that follows `step` steps."""

@@ -67,14 +67,13 @@ def test_train_receives_config_workdir_and_flags(trained):
     config, workdir, flags = trained[0]
     assert isinstance(config, Config)
     assert workdir == os.path.join("runs", "quickstart")
-    assert flags == {"dry_run": False, "accept_config_changes": False}
+    assert flags == {"compiled": None, "dry_run": False, "accept_config_changes": False}
 
-    main(
-        ["train", "--config", QUICKSTART, "--workdir", "w", "--dry-run", "--accept-config-changes"]
-    )
+    given = ["--workdir", "w", "--compiled", ".", "--dry-run", "--accept-config-changes"]
+    main(["train", "--config", QUICKSTART, *given])
     _, workdir, flags = trained[1]
     assert workdir == "w"
-    assert flags == {"dry_run": True, "accept_config_changes": True}
+    assert flags == {"compiled": Path("."), "dry_run": True, "accept_config_changes": True}
 
 
 def test_overrides_with_and_without_an_equals_sign(trained):

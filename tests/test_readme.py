@@ -21,6 +21,13 @@ def test_the_python_example_runs():
     assert float(names["sums"]["count"]) == 64
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("path", sorted(ROOT.glob("docs/*.md")), ids=lambda path: path.stem)
+def test_the_examples_of_the_documents_run(path):
+    for code in re.findall(r"```python\n(.*?)```", path.read_text(), flags=re.DOTALL):
+        exec(code, {})
+
+
 def test_the_mistakes_are_printed_as_shown(capsys, monkeypatch):
     shown = [
         text for text in re.findall(r"```\n\$ (.*?)```", README, re.DOTALL) if "mistakes" in text

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from cnn_jax.data.datasets import dataset_info, split_range
 from cnn_jax.errors import UserError
 from cnn_jax.runtime.files import write_atomically
 from cnn_jax.runtime.report import duration
@@ -45,6 +46,7 @@ class Options:
       steps: of `plan.STEPS`.
       dump: directory for StableHLO and optimised HLO.
       plot: directory for pictures.
+      save: directory for the programs, for one topology and one variant.
       time_limit: seconds a compile may take.
       memory_limit: bytes of this machine's memory that a compile may use.
     """
@@ -52,6 +54,7 @@ class Options:
     steps: Sequence[str] = ("train", "evaluation", "prediction")
     dump: Path | None = None
     plot: Path | None = None
+    save: Path | None = None
     time_limit: float = 1800.0
     memory_limit: int | None = None
 
@@ -72,18 +75,42 @@ def compile_steps(
     With `max_batch`, finds the largest batch of the training step that fits instead. Returns 0, or
     1 if a compile failed; one that does not fit has not failed.
     """
+    for directory in (options.dump, options.plot):
+        if directory is not None:
+            _make(directory)
     rows: list[Row] = []
+    answers: list[str] = []
+
+    def add(row: Row) -> None:
+        rows.append(row)
+        if json_file is not None:  # after each row, so that an interrupt loses one
+            write_atomically(json_file, json.dumps({"rows": rows}, indent=2) + "\n")
+
     for topology in topologies:
         for variant in variants:
             if max_batch:
-                rows += largest_batch(variant, topology, options)
+                answers.append(largest_batch(variant, topology, options, add))
             else:
-                rows += [compile_one(variant, topology, step, options) for step in options.steps]
-    _say("", table(rows), *details(rows))
+                for step in options.steps:
+                    add(compile_one(variant, topology, step, options))
+    _say("", table(rows), *details(rows), *answers)
     if json_file is not None:
-        write_atomically(json_file, json.dumps({"rows": rows}, indent=2) + "\n")
         _say(f"written to {json_file}")
-    return int(any("error" in row for row in rows))
+    return int(any(_failed(row) for row in rows))
+
+
+def _make(directory: Path) -> None:
+    """Makes a directory, before anything is compiled; UserError where that cannot be."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{directory}: cannot be written to: {error.strerror}") from error
+    if not os.access(directory, os.W_OK | os.X_OK):
+        raise UserError(f"{directory}: cannot be written to")
+
+
+def _failed(row: Row) -> bool:
+    return "error" in row and not row.get("too_large")
 
 
 def compile_one(variant: Variant, topology: Topology, step: str, options: Options) -> Row:
@@ -101,6 +128,7 @@ def compile_one(variant: Variant, topology: Topology, step: str, options: Option
             "report": str(report),
             "dump": options.dump and str(options.dump),
             "plot": options.plot and str(options.plot),
+            "save": options.save and str(options.save),
         }
         start = time.monotonic()
         with Path(folder, "errors").open("w+") as errors:
@@ -110,10 +138,13 @@ def compile_one(variant: Variant, topology: Topology, step: str, options: Option
         if report.exists():
             row |= json.loads(report.read_text())
         else:
-            row["error"] = failure or f"the compiler died: {_last_line(said)}"
+            row["error"] = f"{failure or 'the compiler died'}: {_last_words(said)}"
         row["seconds_in_all"] = time.monotonic() - start
     if "error" in row:
         row |= _does_not_fit(row["error"], topology)
+        sizes = variant.values
+        size = sizes["batch_size"] if step == "train" else sizes["eval"]["batch_size"]
+        row |= {"batch": size, "devices": topology.num_devices}
     return row
 
 
@@ -133,13 +164,10 @@ def _run(
         text=True,
         env={**os.environ, **topology.environment()},
     )
-    try:
-        with contextlib.suppress(BrokenPipeError):
-            child.communicate(json.dumps(request), timeout=POLL_SECONDS)
-    except subprocess.TimeoutExpired:
-        pass
     with _Waiting(f"compiling {label}") as waiting:
         try:
+            with contextlib.suppress(BrokenPipeError, subprocess.TimeoutExpired):
+                child.communicate(json.dumps(request), timeout=POLL_SECONDS)
             while child.poll() is None:
                 if waiting.seconds > options.time_limit:
                     return f"stopped after {duration(options.time_limit)}, the time limit"
@@ -194,69 +222,87 @@ class _Waiting:
             print(f"\r{self._what}  {duration(self.seconds)} ", flush=True)
 
 
-def _last_line(text: str) -> str:
+def _last_words(text: str) -> str:
+    """Returns the line of a dying compiler that says why, or its last."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[-1][:300] if lines else "it said nothing"
+    reasons = [line for line in lines if re.search(r"^F\d{4}|Check failed|EXHAUSTED", line)]
+    return ([*reasons[:1], *lines[-1:], "it said nothing"])[0][:300]
 
 
 def _does_not_fit(error: str, topology: Topology) -> Row:
     """Returns what a compiler says that refuses a program because it needs too much memory."""
-    found = re.search(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm", error)
-    if not found:
+    if "RESOURCE_EXHAUSTED" not in error:
         return {}
-    units = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-    peak, capacity = (int(float(found[i]) * units[found[i + 1]]) for i in (1, 3))
-    return {"memory": {"peak": peak, "capacity": capacity, "fits": False}, "too_large": True}
+    memory: Row = {"peak": None, "capacity": topology.accelerator.memory, "fits": False}
+    found = re.search(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm", error)
+    if found:
+        units = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+        memory["peak"], memory["capacity"] = (
+            int(float(found[i]) * units[found[i + 1]]) for i in (1, 3)
+        )
+    return {"memory": memory, "too_large": True}
 
 
-def largest_batch(variant: Variant, topology: Topology, options: Options) -> list[Row]:
-    """Returns the rows of the search for the largest batch that fits, the answer last.
+def largest_batch(
+    variant: Variant, topology: Topology, options: Options, add: Callable[[Row], None]
+) -> str:
+    """Returns a line that says the largest batch whose training step fits.
 
-    Memory grows in proportion to the batch, so two compiles foretell the answer, and further ones
-    confirm it. A batch is a multiple of the devices, and of 8 for each of them where that many fit.
+    Two compiles foretell it, since memory grows nearly in proportion to the batch; from there the
+    search doubles or halves what is between a batch that fits and one that does not. A batch is a
+    multiple of 8 for each device, or of 1 where not even 8 fit, and no larger than the data set.
+
+    Raises UserError where the memory of the device is not known.
     """
-    devices = topology.num_devices
-    rows: dict[int, Row] = {}
-
-    def peak(batch: int) -> float:
-        if batch not in rows:
-            values = {**variant.values, "batch_size": batch}
-            name = ",".join(filter(None, [variant.name, f"batch_size={batch}"]))
-            rows[batch] = compile_one(Variant(values, name), topology, "train", options)
-        row = rows[batch]
-        if "error" in row and not row.get("too_large"):
-            raise _CompileError
-        return row["memory"]["peak"]
+    capacity = topology.accelerator.memory
+    if capacity is None:
+        raise UserError(f"{topology.name}: its memory is not known, so nothing can be too large")
+    data = variant.values["data"]
+    most = len(split_range(dataset_info(data["name"]), data["train_split"])[1])
+    peaks: dict[int, int | None] = {}
 
     def fits(batch: int) -> bool:
-        peak(batch)
-        return bool(rows[batch]["memory"]["fits"])
+        values = {**variant.values, "batch_size": batch}
+        name = ",".join(filter(None, [variant.name, f"batch_size={batch}"]))
+        row = compile_one(Variant(values, name), topology, "train", options)
+        add(row)
+        if _failed(row):
+            raise _CompileError
+        peaks[batch] = row["memory"]["peak"]
+        return bool(row["memory"]["fits"])
 
-    if topology.accelerator.memory is None:
-        raise UserError(f"{topology.name}: its memory is not known, so nothing can be too large")
-    unit = devices * 8
-    try:
-        low = unit
-        if not fits(low):
-            return [*rows.values()]
-        high = 2 * low
-        slope = (peak(high) - peak(low)) / (high - low)
-        free = topology.accelerator.memory - peak(low)
-        guess = max(low, int(low + free / max(slope, 1)) // unit * unit)
-        good, bad = (high, None) if fits(high) else (low, high)
-        while bad is None or bad - good > unit:
-            if not good < guess or (bad is not None and guess >= bad):
-                guess = good + unit if bad is None else (good + bad) // 2 // unit * unit
+    def search(unit: int) -> int | None:
+        """Returns the largest multiple of the unit that fits; None if not even one does."""
+        last = most // unit * unit
+        if last < unit or not fits(unit):
+            return None
+        good, bad = unit, last + unit
+        guess = min(2 * unit, last)
+        while bad - good > unit:
             if fits(guess):
                 good = guess
-                guess = good + unit
             else:
                 bad = guess
-                guess = bad - unit
+            known = sorted((batch, peak) for batch, peak in peaks.items() if peak)
+            (low, at_low), (high, at_high) = known[-2:] if len(known) > 1 else known * 2
+            slope = (at_high - at_low) / max(high - low, 1)
+            foretold = int(high + (capacity - at_high) / slope) if slope > 0 else 8 * good
+            if len(peaks) > 4 or not good < foretold < bad:  # it does not grow in proportion
+                foretold = (good + bad) // 2 if bad <= last else 8 * good
+            elif foretold // unit * unit == good:
+                foretold = good + unit
+            guess = max(good + unit, min(foretold, 8 * good, bad - unit) // unit * unit)
+        return good
+
+    where = " ".join(filter(None, [topology.name, variant.name]))
+    try:
+        found = search(8 * topology.num_devices) or search(topology.num_devices)
     except _CompileError:
-        pass
-    ordered = sorted(rows.values(), key=lambda row: bool(row.get("memory", {}).get("fits")))
-    return sorted(ordered, key=lambda row: row.get("batch", 0) if "error" not in row else -1)
+        return f"{where}: the search stopped at a compile that failed"
+    if found is None:
+        return f"{where}: not even one image a device fits"
+    limit = ", all that the data set has" if found + topology.num_devices * 8 > most else ""
+    return f"{where}: the largest batch that fits is {found:,}{limit}"
 
 
 class _CompileError(Exception):
@@ -268,7 +314,7 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "variant": lambda row: row["variant"],
     "step": lambda row: row["step"],
     "batch": lambda row: f"{row['batch']:,}" if "batch" in row else "",
-    "peak": lambda row: _gib(row["memory"]["peak"]) if "memory" in row else "",
+    "peak": lambda row: _gib(row.get("memory", {}).get("peak")),
     "of": lambda row: _gib(row.get("memory", {}).get("capacity")),
     "fits": lambda row: _verdict(row),
     "MB/image": lambda row: _of_image(row, "bytes_per_image", 1e6),
@@ -306,7 +352,7 @@ def details(rows: Iterable[Row]) -> list[str]:
     lines = [""]
     for row in rows:
         name = " ".join(filter(None, [row["topology"], row["variant"], row["step"]]))
-        if "error" in row and not row.get("too_large"):
+        if _failed(row):
             lines.append(f"{name}: {row['error']}")
             continue
         memory = row["memory"]
@@ -317,6 +363,8 @@ def details(rows: Iterable[Row]) -> list[str]:
         )
         if parts:
             lines.append(f"{name}: on each device {parts}")
+        if row.get("saved"):
+            lines.append(f"  saved to {row['saved']}")
         if memory["fits"] and _beyond_cuda_share(row):
             needed = memory["peak"] / memory["capacity"]
             lines.append(
@@ -350,7 +398,7 @@ def _assumptions(rows: Iterable[Row]) -> Mapping[str, float]:
 
 
 def _beyond_cuda_share(row: Row) -> bool:
-    is_gpu = parse_topology(row["topology"]).platform == "cuda"
+    is_gpu = parse_topology(row["topology"]).platform == "cuda" and row["memory"]["peak"]
     return is_gpu and row["memory"]["peak"] > CUDA_SHARE * row["memory"]["capacity"]
 
 
@@ -361,11 +409,13 @@ def _gib(size: float | None) -> str:
 
 
 def _verdict(row: Row) -> str:
-    if "error" in row and not row.get("too_large"):
+    if _failed(row):
         return "failed"
     memory = row["memory"]
     if memory["fits"] is None:
         return ""
+    if memory["peak"] is None:
+        return "no"
     spare = memory["capacity"] - memory["peak"]
     return f"yes, {_gib(spare)} free" if memory["fits"] else f"no, by {_gib(-spare)}"
 
@@ -399,7 +449,16 @@ def compare(before: Sequence[Row], after: Sequence[Row], names: tuple[str, str])
         if key not in theirs:
             lines.append(f"{' '.join(filter(None, key))}: only in {names[0]}")
             continue
-        old, new = _counts(row), _counts(theirs.pop(key))
+        other = theirs.pop(key)
+        failures = [
+            f"{'before' if each is row else 'now'}: {each['error']}"
+            for each in (row, other)
+            if _failed(each)
+        ]
+        if failures:
+            lines.append(f"{' '.join(filter(None, key))}: failed {', '.join(failures)}")
+            continue
+        old, new = _counts(row), _counts(other)
         changed = [
             f"  {name}: {old.get(name, 0):,.4g} -> {new.get(name, 0):,.4g}"
             + (f" ({new.get(name, 0) / old[name] - 1:+.1%})" if old.get(name) else "")
@@ -431,7 +490,10 @@ def _counts(row: Row) -> dict[str, float]:
 def read_report(path: Path) -> list[Row]:
     """Returns the rows of a report that `--json` wrote; UserError for another file."""
     try:
-        return json.loads(path.read_text())["rows"]
+        rows = json.loads(path.read_text())["rows"]
+        for row in rows:
+            _ = row["topology"], row["variant"], row["step"]
+        return rows
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: no report of `compile --json`: {error}") from error
 

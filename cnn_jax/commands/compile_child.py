@@ -5,7 +5,9 @@ crashes takes nothing else with it.
 """
 
 import json
+import os
 import sys
+import threading
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -17,7 +19,7 @@ from cnn_jax.config import parse
 from cnn_jax.errors import UserError
 from cnn_jax.models.geometry import layers, total
 from cnn_jax.plan import Plan, make_plan
-from cnn_jax.runtime import hlo
+from cnn_jax.runtime import executables, hlo
 from cnn_jax.runtime.compile_plot import plot
 from cnn_jax.runtime.compiler import compile_program
 from cnn_jax.runtime.files import write_atomically
@@ -34,6 +36,7 @@ PASSES = {"train": 3, "evaluation": 1, "prediction": 1}
 
 def main() -> int:
     """Compiles what the request asks for; returns 0, or 1 with the error in the report."""
+    threading.Thread(target=_end_with, args=[os.getppid()], daemon=True).start()
     request = json.load(sys.stdin)
     report = Path(request["report"])
     try:
@@ -44,6 +47,13 @@ def main() -> int:
         answer = {"error": f"{type(error).__name__}: {_first_lines(str(error))}"}
     write_atomically(report, json.dumps(answer))
     return 1 if "error" in answer else 0
+
+
+def _end_with(parent: int) -> None:
+    """Ends this process when its parent has ended, in whichever way."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
 
 
 def compile_step(request: Mapping[str, Any]) -> dict[str, Any]:
@@ -67,6 +77,11 @@ def compile_step(request: Mapping[str, Any]) -> dict[str, Any]:
     start = time.perf_counter()
     compiled = compile_program(lowered, plan.compiler.options)
     compiling = time.perf_counter() - start
+    saved = None
+    if request["save"]:
+        saved = executables.save(
+            Path(request["save"]), step, compiled, plan.conditions(step, lowered)
+        )
     text = compiled.as_text() or ""
     if dump:
         write_atomically(dump / f"{request['label']}.hlo.txt", text)
@@ -99,6 +114,7 @@ def compile_step(request: Mapping[str, Any]) -> dict[str, Any]:
         ],
         "float32_activations": _float32(program) if config.precision == "bfloat16" else [],
         "estimate": expected and _as_json(expected),
+        "saved": saved and str(saved),
         "seconds": {"lowering": lowering, "compiling": compiling},
         "versions": versions(),
     }

@@ -19,8 +19,9 @@ from cnn_jax.data.pipeline import BatchIterator, train_batches
 from cnn_jax.data.sources import Source, fingerprint, open_source
 from cnn_jax.errors import UserError
 from cnn_jax.plan import Plan, make_plan
+from cnn_jax.runtime import executables
 from cnn_jax.runtime.checkpoint import Checkpoints
-from cnn_jax.runtime.compiler import CompilationCounter, Options, compile_program
+from cnn_jax.runtime.compiler import CompilationCounter, compile_program
 from cnn_jax.runtime.files import write_atomically
 from cnn_jax.runtime.platform import Interrupted, StopSignals, versions
 from cnn_jax.runtime.report import (
@@ -38,6 +39,9 @@ from cnn_jax.training.metrics import mean
 from cnn_jax.training.state import TrainState, all_finite
 from cnn_jax.typing import Batch, Metrics
 
+STEPS = ("train", "evaluation")
+"""Of `plan.STEPS`, those that training takes."""
+
 BATCH_KEYS = ("seed", "batch_size", "data.name", "data.train_split")
 """What decides which examples a step trains on; the fingerprint of the data says the rest."""
 
@@ -46,13 +50,15 @@ def train(
     config: Config,
     workdir: str | Path,
     *,
+    compiled: Path | None = None,
     dry_run: bool = False,
     accept_config_changes: bool = False,
 ) -> int:
     """Trains until the last step of `config`, going on where the run in `workdir` had come to.
 
     Returns 0 when the run is complete, and 128 plus the signal's number when SIGINT or SIGTERM
-    stopped it; what was trained by then is saved. With `dry_run` it prints the plan only.
+    stopped it; what was trained by then is saved. With `dry_run` it prints the plan only. The steps
+    are those saved in `compiled`, if they fit the run.
 
     Raises:
       UserError: the directory holds another run or cannot be written, the data cannot be had, or
@@ -63,14 +69,14 @@ def train(
     directory = Path(workdir)
     _say(f"{plan.describe()}\nworkdir    {directory}")
     if dry_run:
-        plan.lower_train_step()
-        plan.lower_eval_step()
+        for step in STEPS:
+            _saved_program(plan, step, plan.lower(step), compiled)
         _say(plan.tabulate())
         _say("dry run: the configuration is good and its steps can be built; nothing was written")
         return 0
     try:
         with StopSignals() as stop, claim(directory):
-            return _train_in(directory, plan, clock, stop, accept_config_changes)
+            return _train_in(directory, plan, clock, stop, compiled, accept_config_changes)
     except Interrupted as interrupted:
         _say("stopped before training began; the same command starts again")
         return 128 + interrupted.signum
@@ -82,7 +88,12 @@ def train(
 
 
 def _train_in(
-    directory: Path, plan: Plan, clock: Clock, stop: StopSignals, accept_config_changes: bool
+    directory: Path,
+    plan: Plan,
+    clock: Clock,
+    stop: StopSignals,
+    compiled: Path | None,
+    accept_config_changes: bool,
 ) -> int:
     config = plan.config.as_dict()
     before = read_config(directory)
@@ -120,7 +131,7 @@ def _train_in(
             _say(f"{directory}: this run is complete, at step {step} of {plan.total_steps}")
             _summarize(directory, metrics, None)
             return 0
-        training = _Training(plan, directory, checkpoints, metrics, clock, stop)
+        training = _Training(plan, directory, checkpoints, metrics, clock, stop, compiled)
         if config != before:
             write_config(directory, config)
         return training.run()
@@ -137,6 +148,7 @@ class _Training:
         metrics: MetricsLog,
         clock: Clock,
         stop: StopSignals,
+        compiled: Path | None,
     ) -> None:
         """Compiles, opens the data, and takes the newest good state or makes the first."""
         self.plan = plan
@@ -159,10 +171,9 @@ class _Training:
                     self.train_source, batch_size=plan.config.batch_size, seed=plan.config.seed
                 ),
             }
-            _say("compiling the training and the evaluation step")
-            wait = _compile_together(
-                plan.compiler.options, plan.lower_train_step, plan.lower_eval_step
-            )
+            if not compiled:
+                _say("compiling the training and the evaluation step")
+            wait = _compile_together(plan, compiled)
             self.step = checkpoints.latest_step() or 0
             self.state = self._restore() if self.step else plan.make_state()
             self.key = plan.make_key()
@@ -327,21 +338,23 @@ class _Training:
 
 
 def _compile_together(
-    options: Options,
-    *steps: Callable[[], jax.stages.Lowered],
+    plan: Plan, saved: Path | None
 ) -> Callable[[], tuple[list[jax.stages.Compiled], float]]:
-    """Starts lowering and compiling all steps at once; returns a function that waits for them.
+    """Starts making the programs of all `STEPS` at once; returns a function that waits for them.
 
     It returns the programs and the seconds from the start to the last. The waiting thread stays
     open to signals, which a compiler would hold up for minutes.
     """
     start = time.perf_counter()
-    executor = ThreadPoolExecutor(len(steps))
+    executor = ThreadPoolExecutor(len(STEPS))
 
-    def timed(lower: Callable[[], jax.stages.Lowered]) -> tuple[jax.stages.Compiled, float]:
-        return compile_program(lower(), options), time.perf_counter() - start
+    def timed(step: str) -> tuple[jax.stages.Compiled, float]:
+        lowered = plan.lower(step)
+        program = _saved_program(plan, step, lowered, saved)
+        program = program or compile_program(lowered, plan.compiler.options)
+        return program, time.perf_counter() - start
 
-    futures = [executor.submit(timed, lower) for lower in steps]
+    futures = [executor.submit(timed, step) for step in STEPS]
     executor.shutdown(wait=False)
 
     def wait() -> tuple[list[jax.stages.Compiled], float]:
@@ -349,6 +362,27 @@ def _compile_together(
         return list(programs), max(seconds)
 
     return wait
+
+
+def _saved_program(
+    plan: Plan, step: str, lowered: jax.stages.Lowered, directory: Path | None
+) -> jax.stages.Compiled | None:
+    """Returns the program that `compile --save` left there; None, saying why, if it does not fit.
+
+    None without a directory.
+    """
+    if directory is None:
+        return None
+    here = plan.conditions(step, lowered)
+    try:
+        program = executables.load(directory, step, lowered, here, plan.mesh)
+    except executables.UnusableError as error:
+        reasons = str(error).replace("\n", "\n  ")
+        said = f"the {step} step is compiled, as the one in {directory} is not for this run:"
+        _say(f"{said}\n  {reasons}")
+        return None
+    _say(f"the {step} step is the one in {directory}: nothing to compile")
+    return program
 
 
 def _of_batches(changes: Sequence[str]) -> list[str]:
@@ -422,4 +456,4 @@ def _kept(compilations: CompilationCounter | None) -> str:
 
 
 def _say(text: str) -> None:
-    print(text, flush=True)
+    print(f"{text}\n", end="", flush=True)  # in one piece: two threads may speak

@@ -200,18 +200,20 @@ def start_cache(log: Callable[[str], None]) -> str | None:
     return directory
 
 
-def _cache_directory() -> Path:
-    """Returns where programs for this kind of machine are kept.
-
-    Homes are shared by machines with other processors, whose code would not run here.
-    """
-    processor = host.machine()
+def processor() -> str:
+    """Returns the kind of this machine's processor: code for one need not run on another."""
+    described = host.machine()
     with contextlib.suppress(OSError):
         found = re.search(r"^(?:flags|Features)\s*:.*$", Path("/proc/cpuinfo").read_text(), re.M)
-        processor += found[0] if found else ""
-    kind = f"{host.machine()}-{hashlib.sha256(processor.encode()).hexdigest()[:8]}"
+        described += found[0] if found else ""
+    return f"{host.machine()}-{hashlib.sha256(described.encode()).hexdigest()[:8]}"
+
+
+def _cache_directory() -> Path:
+    """Returns where programs for this kind of machine are kept: homes are shared by several."""
     home = os.environ.get("XDG_CACHE_HOME", "")
-    return Path(home if os.path.isabs(home) else Path.home() / ".cache", "cnn_jax", "xla", kind)
+    cache = Path(home if os.path.isabs(home) else Path.home() / ".cache")
+    return cache / "cnn_jax" / "xla" / processor()
 
 
 def _problem_with(directory: Path) -> str:

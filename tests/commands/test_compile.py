@@ -4,8 +4,10 @@ import dataclasses
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -99,11 +101,8 @@ def test_reports_are_compared(cpu_report, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["--topology=v5e:3x3"], 1, "v5e takes the chips along 2 axes"),
-        (["--topology=h20"], 1, r"no accelerator 'h20' (did you mean 'h200'?)"),
         (["--topology=cpu:3"], 2, "batch_size = 64: must be divisible by the number of devices, 3"),
         (["--topology=cpu:1", "--config.batch_size=64,x"], 2, "batch_size = 'x': must be an int"),
-        (["--topology=cpu:1", "--max-batch"], 1, "cpu:1: its memory is not known"),
     ],
 )
 def test_mistakes_are_told_before_anything_is_compiled(arguments, code, message, capsys):
@@ -118,6 +117,11 @@ def test_mistakes_are_told_before_anything_is_compiled(arguments, code, message,
     ("arguments", "message"),
     [
         (["--topology=cpu:1"], "required: --config"),
+        ([CONFIG, "--topology=v5e:3x3"], "v5e takes the chips along 2 axes"),
+        ([CONFIG, "--topology=h20"], "no accelerator 'h20' (did you mean 'h200'?)"),
+        ([CONFIG, "--topology=h200,cpu:1", "--max-batch"], "the memory of cpu:1 is not known"),
+        ([CONFIG, "--json=/no/where/x.json"], "there is no directory /no/where"),
+        ([CONFIG, f"--compare={ROOT}/README.md"], "expected 2 arguments"),
         ([CONFIG], "required: --topology"),
         ([CONFIG, "--topology=cpu:1", "--step=trian"], "--step trian: must be one of train, eval"),
         ([CONFIG, f"--json={ROOT}/README.md"], "is already there"),
@@ -156,8 +160,11 @@ def compiler(monkeypatch, tmp_path):
     return play
 
 
+VALUES = {"batch_size": 64, "eval": {"batch_size": 16}}
+
+
 def one_row(options=OPTIONS):
-    return command.compile_one(command.Variant({}), parse_topology("v5e:2x2"), "train", options)
+    return command.compile_one(command.Variant(VALUES), parse_topology("v5e:2x2"), "train", options)
 
 
 @pytest.mark.parametrize(
@@ -165,6 +172,10 @@ def one_row(options=OPTIONS):
     [
         ("os.kill(os.getpid(), signal.SIGSEGV)", "the compiler died of signal 11"),
         ("print('a stack'); sys.exit('what it said last')", "the compiler died: what it said last"),
+        (
+            "print('F0101 Check failed: 1 == 2', 'a stack', sep=chr(10), flush=True); os.abort()",
+            "the compiler died of signal 6: F0101 Check failed: 1 == 2",
+        ),
         ("time.sleep(600)", "stopped after 0.5 s, the time limit"),
         ("held = bytearray(10**9); time.sleep(600)", "GiB; the memory limit is 0.5 GiB"),
     ],
@@ -181,7 +192,7 @@ def test_a_compiler_that_fails_is_a_row(code, error, compiler):
 def test_the_other_rows_go_on_and_the_exit_code_says_so(compiler, capsys):
     compiler("os.kill(os.getpid(), signal.SIGKILL)")
     topologies = [parse_topology("v5e:2x2"), parse_topology("h200")]
-    assert command.compile_steps([command.Variant({})], topologies, OPTIONS) == 1
+    assert command.compile_steps([command.Variant(VALUES)], topologies, OPTIONS) == 1
     output = capsys.readouterr().out
     assert output.count("the compiler died of signal 9") == 2
 
@@ -197,32 +208,125 @@ def test_a_program_that_a_tpu_compiler_refuses_does_not_fit(compiler, capsys):
     assert "no, by 4.75 GiB" in command.table([row])
 
 
-@pytest.mark.parametrize("bytes_per_image", [7.3e6, 61e6, 900e6])
-@pytest.mark.parametrize("fixed", [0, 2e9])
-def test_the_largest_batch_is_found(bytes_per_image, fixed, monkeypatch):
-    """By a memory that grows in steps; at most nine compiles."""
-    topology = parse_topology("h200:8")
+MEMORIES = {  # bytes of one device by the images on it
+    "in proportion": lambda images: 61e6 * images,
+    "and a large state": lambda images: 100e9 + 7.3e6 * images,
+    "in steps": lambda images: 60e6 * 128 * -(-images // 128),
+    "with a kink": lambda images: 10e6 * images + 13e6 * max(0, images - 64),
+    "ever more": lambda images: 10e6 * images + 1e3 * images**2,
+    "constant": lambda images: 1e9,
+    "too large for eight": lambda images: 30e9 * images,
+    "too large for one": lambda images: 200e9 * images,
+}
+
+
+@pytest.mark.parametrize("memory", MEMORIES.values(), ids=MEMORIES)
+@pytest.mark.parametrize("devices", [1, 8])
+def test_the_largest_batch_is_found(memory, devices, monkeypatch):
+    """In few compiles, however the memory grows."""
+    topology = parse_topology(f"h200:{devices}")
     capacity = topology.accelerator.memory
-    tried = []
+    rows = []
 
     def compile_one(variant, topology, step, options):
         batch = variant.values["batch_size"]
-        tried.append(batch)
-        peak = int(fixed + 1.02 ** (batch % 5) * bytes_per_image * batch / 8)
-        memory = {"peak": peak, "capacity": capacity, "fits": peak <= capacity}
-        return {"topology": "h200:8", "variant": variant.name, "step": step} | {
+        peak = int(memory(batch // devices))
+        found = {"peak": peak, "capacity": capacity, "fits": peak <= capacity}
+        return {"topology": topology.name, "variant": variant.name, "step": step} | {
             "batch": batch,
-            "memory": memory,
+            "memory": found,
         }
 
     monkeypatch.setattr(command, "compile_one", compile_one)
-    rows = command.largest_batch(command.Variant({}), topology, OPTIONS)
-    fitting = [row["batch"] for row in rows if row["memory"]["fits"]]
-    beyond = [row["batch"] for row in rows if not row["memory"]["fits"]]
-    assert max(fitting) + 64 == min(beyond)
-    assert max(fitting) % 64 == 0
-    assert len(tried) <= 9
-    assert [row["batch"] for row in rows] == sorted(tried)
+    values = {"data": {"name": "synthetic", "train_split": "train[:100000]"}}
+    answer = command.largest_batch(command.Variant(values), topology, OPTIONS, rows.append)
+    tried = {row["batch"]: row["memory"]["fits"] for row in rows}
+    assert len(tried) == len(rows) <= 24, "none twice"
+    fitting = [batch for batch, fits in tried.items() if fits]
+    if not fitting:
+        assert memory(1) > capacity
+        assert answer.endswith("not even one image a device fits")
+        return
+    best = max(fitting)
+    unit = (8 if memory(8) <= capacity else 1) * devices
+    assert f"the largest batch that fits is {best:,}" in answer
+    assert best % unit == 0
+    if best + unit <= 100_000:
+        assert tried[best + unit] is False
+    else:
+        assert answer.endswith("all that the data set has")
+
+
+def test_the_search_ends_at_a_compile_that_fails(compiler):
+    compiler("os.kill(os.getpid(), signal.SIGKILL)")
+    rows = []
+    values = {"data": {"name": "synthetic", "train_split": "train"}}
+    answer = command.largest_batch(
+        command.Variant(values), parse_topology("h200"), OPTIONS, rows.append
+    )
+    assert answer == "h200:1: the search stopped at a compile that failed"
+    assert len(rows) == 1
+
+
+def test_a_report_survives_an_interrupt_between_its_rows(compiler, tmp_path, monkeypatch):
+    compiler("open(request['report'], 'w').write(json.dumps({'error': 'so it is'}))")
+    path = tmp_path / "report.json"
+    one = command.compile_one
+
+    def interrupted(variant, topology, step, options):
+        if step == "prediction":
+            raise KeyboardInterrupt
+        return one(variant, topology, step, options)
+
+    monkeypatch.setattr(command, "compile_one", interrupted)
+    options = command.Options(steps=("train", "prediction"))
+    with pytest.raises(KeyboardInterrupt):
+        command.compile_steps(
+            [command.Variant(VALUES)], [parse_topology("h200")], options, json_file=path
+        )
+    (row,) = json.loads(path.read_text())["rows"]
+    assert row["step"] == "train"
+
+
+def test_directories_are_made_before_anything_is_compiled(tmp_path, monkeypatch):
+    monkeypatch.setattr(command, "compile_one", None)
+    taken = tmp_path / "file"
+    taken.touch()
+    with pytest.raises(ValueError, match="file: cannot be written to"):
+        command.compile_steps(
+            [command.Variant(VALUES)],
+            [parse_topology("h200")],
+            dataclasses.replace(OPTIONS, plot=taken),
+        )
+
+
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGKILL])
+def test_no_compiler_outlives_the_command(stop, tmp_path):
+    """Whichever way that ends; the child is one that compiles for long."""
+    network = ["--config.model.name=cbam_resnet50", "--config.model.stem=small"]
+    parent = subprocess.Popen(
+        [sys.executable, "-m", "cnn_jax", "compile", CONFIG, *network, "--topology=cpu:1"],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=os.environ | {"TMPDIR": str(tmp_path)},
+    )
+    children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children")
+    deadline = time.monotonic() + 60
+    while not (found := children.read_text().split()):
+        assert time.monotonic() < deadline
+        assert parent.poll() is None
+        time.sleep(0.05)
+    time.sleep(3)  # until its imports are done
+    parent.send_signal(stop)
+    code = parent.wait(60)
+    assert code == (128 + stop if stop == signal.SIGTERM else -stop)
+    deadline = time.monotonic() + 60
+    while Path("/proc", found[0]).exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not Path("/proc", found[0]).exists()
+    if stop == signal.SIGTERM:
+        assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

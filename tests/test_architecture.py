@@ -25,7 +25,8 @@ MAY_IMPORT = {  # of the package, by part; every part may import itself
     "commands.train": NOUNS | BETWEEN | {"commands.evaluate"},
     "commands": set(),
     "__init__": {"models", "training", "typing"},
-    "__main__": {
+    "__main__": {"__init__", "errors", "runtime", "cli"},
+    "cli": {
         "__init__",
         "errors",
         "runtime",

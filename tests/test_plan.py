@@ -5,7 +5,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from cnn_jax.__main__ import _load
+from cnn_jax.cli.config_files import load
 from cnn_jax.config import override, parse
 from cnn_jax.plan import STEPS, make_plan
 
@@ -13,7 +13,7 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 
 
 def plan(*texts, devices=None):
-    values = override(_load(CONFIGS / "quickstart.py"), texts)
+    values = override(load(CONFIGS / "quickstart.py"), texts)
     number = len(devices or jax.devices())
     return make_plan(parse(values, num_devices=number), devices=devices)
 

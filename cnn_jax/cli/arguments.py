@@ -1,0 +1,74 @@
+"""What the commands' flags have in common: their types, and how a command is added."""
+
+import argparse
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from cnn_jax import MODELS
+from cnn_jax.errors import nearest
+
+
+def add_command(
+    commands: Any, name: str, run: Callable[..., int], **texts: str | None
+) -> argparse.ArgumentParser:
+    """Adds a command that `run` carries out; returns its parser."""
+    parser = commands.add_parser(
+        name,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        **texts,
+    )
+    parser.set_defaults(parser=parser, run=run)
+    return parser
+
+
+def existing_file(text: str) -> Path:
+    path = Path(text)
+    if not path.is_file():
+        siblings = [str(sibling) for sibling in path.parent.glob("*.py")]
+        raise argparse.ArgumentTypeError(f"no file {text!r}{nearest(text, siblings)}")
+    return path
+
+
+def existing_directory(text: str) -> Path:
+    if not Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"no directory {text!r}")
+    return Path(text)
+
+
+def new_file(text: str) -> Path:
+    if Path(text).exists():
+        raise argparse.ArgumentTypeError(f"{text!r} is already there; name another file")
+    if not Path(text).parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r}: there is no directory {Path(text).parent}")
+    return Path(text)
+
+
+def model_name(text: str) -> str:
+    if text not in MODELS:
+        raise argparse.ArgumentTypeError(f"unknown model {text!r}{_hint_or_all(text, MODELS)}")
+    return text
+
+
+def _hint_or_all(name: str, known: Mapping[str, Any]) -> str:
+    return nearest(name, known) or f"; known: {', '.join(known)}"
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: must be an integer >= 1")
+    return int(text)
+
+
+def names(text: str) -> list[str]:
+    return list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+
+
+def image_size(text: str) -> tuple[int, int]:
+    sides = [int(side) if side.isdecimal() else 0 for side in text.split("x")]
+    if len(sides) > 2 or min(sides) < 1:
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: must be pixels >= 1, such as 224 or HEIGHTxWIDTH, such as 224x160"
+        )
+    return sides[0], sides[-1]

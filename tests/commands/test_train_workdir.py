@@ -1,5 +1,6 @@
 """A directory that is not as the run would like it: complete, another's, damaged, full, in use."""
 
+import contextlib
 import json
 import os
 import re
@@ -186,11 +187,11 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "--lazy", str(directory)], check=True)
 
 
-def fill(disk, *, leave):
-    with (disk / "ballast").open("wb") as ballast:
-        ballast.truncate(0)
-        free = os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize
-        ballast.write(bytes(max(0, free - leave)))
+def fill(disk):
+    """Takes every block, also those that another process asks for meanwhile."""
+    with (disk / "ballast").open("wb", buffering=0) as ballast, contextlib.suppress(OSError):
+        while True:
+            ballast.write(bytes(4096))
 
 
 @pytest.mark.slow
@@ -200,12 +201,12 @@ def test_a_full_disk_is_one_message_and_loses_nothing(
 ):
     workdir = shutil.copytree(killed, small_disk / "run")
     if moment == "before it starts":
-        fill(small_disk, leave=0)
+        fill(small_disk)
         child = trainer.start(workdir)
     else:
         child = trainer.start(workdir)
         child.wait_for("step 14/24")
-        fill(small_disk, leave=0)
+        fill(small_disk)
     assert child.end() == 1, child.output
     assert not child.says("Traceback"), child.output
     assert child.says("No space left on device"), child.output

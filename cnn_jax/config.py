@@ -369,6 +369,8 @@ def _model_takes_images(
 def _patterns_name_parameters(
     patterns: Sequence[str], name: str, arguments: Mapping[str, Any], dataset: DatasetInfo
 ) -> Iterator[str]:
+    if not patterns:
+        return
     with contextlib.suppress(ValueError, TypeError, ArithmeticError):  # has a rule of its own
         params = _abstract_params(name, arguments, dataset)
         try:

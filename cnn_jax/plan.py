@@ -36,7 +36,6 @@ from cnn_jax.training.steps import (
     make_predict_step,
     make_train_step,
 )
-from cnn_jax.weights import load_weights
 
 STEPS = ("train", "evaluation", "prediction")
 
@@ -195,6 +194,8 @@ class Plan:
         """Returns the variables to start from, without the parts that stay random."""
         if not self.config.init_from:
             return {}
+        from cnn_jax.weights import load_weights  # only here: it loads orbax
+
         like = {"params": self.state.params, "batch_stats": self.state.batch_stats}
         loaded = load_weights(self.config.init_from, like, ignore=self.config.init_ignore)
         wanted: Any = flatten_dict(like)
@@ -288,11 +289,12 @@ def make_plan(config: Config, *, devices: Sequence[Any] | None = None) -> Plan:
     )
     prepare = functools.partial(normalize, mean=config.data.mean, std=config.data.std, dtype=dtype)
     image = jax.ShapeDtypeStruct((1, *dataset.image_shape), jnp.float32)
-    variables = jax.eval_shape(
-        lambda image: model.init(jax.random.key(0), image, train=False), image
-    )
-    frozen = train_only(config.train_only, variables["params"])
+    frozen = None
     if config.train_only:
+        variables = jax.eval_shape(
+            lambda image: model.init(jax.random.key(0), image, train=False), image
+        )
+        frozen = train_only(config.train_only, variables["params"])
         tx = freeze_updates(tx, frozen)
     mesh = make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp, devices=devices)
     state = jax.eval_shape(lambda image: init_state(model, tx, image, jax.random.key(0)), image)

@@ -51,7 +51,7 @@ class Options:
       memory_limit: bytes of this machine's memory that a compile may use.
     """
 
-    steps: Sequence[str] = ("train", "evaluation", "prediction")
+    steps: Sequence[str]
     dump: Path | None = None
     plot: Path | None = None
     save: Path | None = None
@@ -398,7 +398,7 @@ def _assumptions(rows: Iterable[Row]) -> Mapping[str, float]:
 
 
 def _beyond_cuda_share(row: Row) -> bool:
-    is_gpu = parse_topology(row["topology"]).platform == "cuda" and row["memory"]["peak"]
+    is_gpu = parse_topology(row["topology"]).platform == "cuda"
     return is_gpu and row["memory"]["peak"] > CUDA_SHARE * row["memory"]["capacity"]
 
 

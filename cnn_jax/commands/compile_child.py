@@ -72,7 +72,6 @@ def compile_step(request: Mapping[str, Any]) -> dict[str, Any]:
     lowering = time.perf_counter() - start
     dump = Path(request["dump"]) if request["dump"] else None
     if dump:
-        dump.mkdir(parents=True, exist_ok=True)
         write_atomically(dump / f"{request['label']}.stablehlo.txt", lowered.as_text())
     start = time.perf_counter()
     compiled = compile_program(lowered, plan.compiler.options)
@@ -88,10 +87,12 @@ def compile_step(request: Mapping[str, Any]) -> dict[str, Any]:
     program = hlo.read(text)
     kernels = hlo.kernels(program)
     images = plan.batch_size(step)
+    share = images / topology.num_devices
+    costs = compiled.cost_analysis() or {}
+    counted = hlo.flops(program)
     expected = _estimate(kernels, topology, images)
     if request["plot"]:
         path = Path(request["plot"]) / f"{request['label']}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
         plot(path, request["label"], program, kernels, expected and expected.rates)
     return {
         "batch": images,
@@ -99,8 +100,15 @@ def compile_step(request: Mapping[str, Any]) -> dict[str, Any]:
         "precision": config.precision,
         "compiler": plan.compiler.describe(),
         "memory": _memory(compiled, topology),
-        "flops_per_image": _flops(plan, step, compiled, program, images, topology),
-        "bytes_per_image": _bytes(compiled, program, images, topology),
+        "flops_per_image": {
+            "geometry": _geometry(plan, step),  # taps on the padding count in this one alone
+            "compiler": _an_image(costs.get("flops"), share),
+            "hlo": counted.total / share,
+        },
+        "bytes_per_image": {
+            "compiler": _an_image(costs.get("bytes accessed"), share),
+            "hlo": hlo.traffic(program).total / share,
+        },
         "kernels": hlo.launches(program),
         "loops_of_unknown_length": list(hlo.unknown_loops(program)),
         "collectives": [
@@ -140,35 +148,15 @@ def _memory(compiled: Any, topology: Topology) -> dict[str, Any]:
     }
 
 
-def _flops(
-    plan: Plan, step: str, compiled: Any, program: hlo.Program, images: int, topology: Topology
-) -> dict[str, float | None]:
-    """Returns floating-point operations an image by three counts; padding counts in the first."""
-    sums = total(layers(plan.model, plan.dataset.image_shape)).multiply_adds
-    share = images / topology.num_devices
-    counted = hlo.flops(program)
-    return {
-        "geometry": None if sums is None else 2.0 * sums * PASSES[step],
-        "compiler": _cost(compiled, "flops", share),
-        "hlo": (counted.matrix + counted.elementwise) / share,
-    }
+def _geometry(plan: Plan, step: str) -> float | None:
+    """Returns the floating-point operations of a step for one image, by the layers' formulas."""
+    multiply_adds = total(layers(plan.model, plan.dataset.image_shape)).multiply_adds
+    return None if multiply_adds is None else 2.0 * multiply_adds * PASSES[step]
 
 
-def _bytes(
-    compiled: Any, program: hlo.Program, images: int, topology: Topology
-) -> dict[str, float | None]:
-    share = images / topology.num_devices
-    return {
-        "compiler": _cost(compiled, "bytes accessed", share),
-        "hlo": hlo.traffic(program).total / share,
-    }
-
-
-def _cost(compiled: Any, name: str, share: float) -> float | None:
+def _an_image(count: float | None, images: float) -> float | None:
     """Returns the compiler's own count an image; None where it has none or an impossible one."""
-    costs = compiled.cost_analysis() or {}
-    value = costs.get(name)
-    return value / share if value is not None and value > 0 else None
+    return count / images if count is not None and count > 0 else None
 
 
 def _float32(program: hlo.Program, most: int = 5) -> list[dict[str, Any]]:

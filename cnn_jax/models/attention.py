@@ -1,5 +1,6 @@
 """Attention of convolutional networks: `Y = X * gate(X)` with gates between 0 and 1."""
 
+import functools
 import math
 from typing import Any
 
@@ -28,10 +29,13 @@ class Attention(nn.Module):
     dtype: Any = None
 
     @nn.nowrap
-    def narrowed(self, channels: int, reduction: int) -> int:
-        """Returns the width of a gate's narrow layer, at least 1."""
+    def excite(self, pooled: Any, reduction: int, **arguments: Any) -> Any:
+        """Returns `W2 act(W1 pooled)`, a narrow layer of at least 1 channel and a wide one."""
         at_least(1, reduction=reduction)
-        return max(1, channels // reduction)
+        channels = pooled.shape[-1]
+        dense = functools.partial(self.dense, dtype=self.dtype, **arguments)
+        y = dense(max(1, channels // reduction), name="reduce")(pooled)
+        return dense(channels, name="expand")(self.act(y))
 
 
 class SqueezeExcite(Attention):
@@ -48,10 +52,7 @@ class SqueezeExcite(Attention):
     @nn.compact
     def __call__(self, x: FeatureMap, *, train: bool) -> FeatureMap:
         """Returns x with each channel scaled."""
-        channels = x.shape[-1]
-        narrow = self.narrowed(channels, self.reduction)
-        y = self.dense(narrow, dtype=self.dtype, name="reduce")(global_average_pool(x))
-        gate = nn.sigmoid(self.dense(channels, dtype=self.dtype, name="expand")(self.act(y)))
+        gate = nn.sigmoid(self.excite(global_average_pool(x), self.reduction))
         return x * gate[:, None, None, :].astype(x.dtype)
 
 
@@ -97,11 +98,8 @@ class ChannelGate(Attention):
     @nn.compact
     def __call__(self, x: FeatureMap, *, train: bool) -> FeatureMap:
         """Returns x with each channel scaled."""
-        channels = x.shape[-1]
         pooled = jnp.stack([global_average_pool(x), global_max_pool(x)])
-        narrow = self.narrowed(channels, self.reduction)
-        y = self.dense(narrow, use_bias=False, dtype=self.dtype, name="reduce")(pooled)
-        y = self.dense(channels, use_bias=False, dtype=self.dtype, name="expand")(self.act(y))
+        y = self.excite(pooled, self.reduction, use_bias=False)
         gate = nn.sigmoid(y[0] + y[1])
         return x * gate[:, None, None, :].astype(x.dtype)
 

@@ -15,7 +15,7 @@ from cnn_jax.cli import convert as convert_
 from cnn_jax.cli import inspect as inspect_
 from cnn_jax.cli import train as train_
 from cnn_jax.cli.config_files import split_overrides
-from cnn_jax.errors import UserError, nearest
+from cnn_jax.errors import UsageError, UserError, nearest
 from cnn_jax.runtime.compiler import start_cache
 
 COMMANDS = (train_, inspect_, convert_, compile_)
@@ -78,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return options.run(options, overrides)
     except UserError as error:
         print(error, file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, UsageError) else 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

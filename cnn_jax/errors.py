@@ -1,4 +1,4 @@
-"""The one kind of error that a command prints without a traceback."""
+"""The kind of error that a command prints without a traceback."""
 
 import difflib
 from collections.abc import Iterable
@@ -6,6 +6,10 @@ from collections.abc import Iterable
 
 class UserError(ValueError):
     """Something that the person at the terminal can mend; the message says what, where and how."""
+
+
+class UsageError(UserError):
+    """A mistake in the command itself, whatever the files hold."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from cnn_jax.errors import UserError
+from cnn_jax.errors import UsageError, UserError
 from cnn_jax.models import create_model
 from cnn_jax.models.torch_weights import (
     fold_conv_biases,
@@ -59,11 +59,12 @@ def convert(
         second, has biases in front of BatchNorm.
       layout: whose names the file gets; by default those of the file that the weights came from.
 
-    Returns 0. Raises UserError where anything is missing or does not fit; nothing is written then.
+    Returns 0. Raises UserError where anything is missing or does not fit (UsageError where the
+    arguments do not go together); nothing is written then.
     """
     refuse_existing(target)
     if target.suffix in (".pth", ".pt", ".bin", ".tar"):
-        raise UserError(
+        raise UsageError(
             f"{target}: files are written as .safetensors; in PyTorch, safetensors.torch.load_file "
             "reads them"
         )
@@ -98,7 +99,7 @@ def _read(
     """Returns the variables and a record of the model and the source."""
     if source.is_dir():
         if model or arguments or ignore or conv_biases:
-            raise UserError(
+            raise UsageError(
                 f"{source} is a directory, which says itself what model it holds: --model and what "
                 "goes with it are for a file"
             )
@@ -106,7 +107,7 @@ def _read(
         return variables, _record_of(found, variables)
     tensors = read_tensors(source)
     if model is None:
-        raise UserError(f"{source} does not say what model it is for: --model NAME")
+        raise UsageError(f"{source} does not say what model it is for: --model NAME")
     variables, arguments, layout = _fit(tensors, model, arguments, ignore, conv_biases)
     return variables, {
         "model": {"name": model, "arguments": arguments},

@@ -329,6 +329,8 @@ class _Trace:
         primitive, params = equation.primitive.name, equation.params
         if primitive in INNER:
             return self.run(params[INNER[primitive]], inputs, path, repeats)
+        if primitive == "cond" and params.get("branches_platforms"):  # the last is the default
+            return self.run(params["branches"][-1], inputs[1:], path, repeats)
         if primitive == "scan":
             return self._scan(equation, inputs, path, repeats)
         shape = equation.outvars[0].aval.shape if equation.outvars else ()

@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 import flax.linen as nn
 import jax
 
+from cnn_jax.models.convolution import convolve
 from cnn_jax.typing import Array
 
 Initializer: TypeAlias = Callable[..., Any]
@@ -57,7 +58,7 @@ class Initialization:
     ) -> Callable[[Array], jax.Array]:
         """Returns an `nn.Conv`, to be called inside a compact method."""
 
-        def convolve(x: Array) -> jax.Array:
+        def call(x: Array) -> jax.Array:
             fan_in = math.prod(kernel_size) * x.shape[-1] // feature_group_count
             return nn.Conv(
                 features,
@@ -65,10 +66,11 @@ class Initialization:
                 feature_group_count=feature_group_count,
                 kernel_init=self.kernel,
                 bias_init=self.bias(max(1, fan_in)),
+                conv_general_dilated=convolve,
                 **arguments,
             )(x)
 
-        return convolve
+        return call
 
     def dense(self, features: int, **arguments: Any) -> Callable[[Array], jax.Array]:
         """Returns an `nn.Dense`, to be called inside a compact method; each call makes one."""

@@ -1,0 +1,75 @@
+"""1x1 convolutions: matrix products of the same numbers on the CPU, unchanged elsewhere."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cnn_jax.models.convolution import CHANNELS_LAST, convolve
+from cnn_jax.models.layers import ConvBlock
+
+VALID = [(0, 0), (0, 0)]
+
+
+def lowered_for(platform, strides, padding=VALID, kernel_size=1, **arguments):
+    arguments = {"dimension_numbers": CHANNELS_LAST, **arguments}
+    channels = 4 // arguments.get("feature_group_count", 1)
+
+    def call(x, kernel):
+        return convolve(x, kernel, strides, padding, **arguments)
+
+    shapes = [(2, 8, 8, 4), (kernel_size, kernel_size, channels, 6)]
+    shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    return jax.jit(call).trace(*shapes).lower(lowering_platforms=(platform,)).as_text()
+
+
+@pytest.mark.parametrize("strides", [(1, 1), (2, 2), (2, 3)])
+def test_outputs_and_gradients_are_those_of_the_formula(strides):
+    rng = np.random.default_rng(0)
+    x, kernel = rng.normal(size=(2, 7, 8, 5)), rng.normal(size=(1, 1, 5, 3))
+    seen = x[:, :: strides[0], :: strides[1]]
+    expected = np.einsum("nhwc,cd->nhwd", seen, kernel[0, 0])
+    cotangent = rng.normal(size=expected.shape)
+    of_x = np.zeros_like(x)
+    of_x[:, :: strides[0], :: strides[1]] = cotangent @ kernel[0, 0].T
+    of_kernel = np.einsum("nhwc,nhwd->cd", seen, cotangent)[None, None]
+    with jax.enable_x64(True):
+        output, pull_back = jax.vjp(
+            lambda x, kernel: convolve(x, kernel, strides, VALID, dimension_numbers=CHANNELS_LAST),
+            jnp.asarray(x),
+            jnp.asarray(kernel),
+        )
+        gradients = pull_back(jnp.asarray(cotangent))
+    np.testing.assert_allclose(output, expected, rtol=1e-12)
+    np.testing.assert_allclose(gradients[0], of_x, rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(gradients[1], of_kernel, rtol=1e-12)
+
+
+def test_the_platform_decides():
+    assert "dot_general" in lowered_for("cpu", (2, 2))
+    assert "stablehlo.convolution" not in lowered_for("cpu", (2, 2))
+    for platform in ("tpu", "cuda"):
+        assert "dot_general" not in lowered_for(platform, (2, 2))
+        assert "stablehlo.convolution" in lowered_for(platform, (2, 2))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"kernel_size": 3, "padding": [(1, 1), (1, 1)]},
+        {"padding": [(1, 1), (0, 0)]},
+        {"feature_group_count": 2},
+        {"lhs_dilation": (2, 2)},
+    ],
+    ids=lambda arguments: next(iter(arguments)),
+)
+def test_what_is_no_product_stays_a_convolution(arguments):
+    assert "stablehlo.convolution" in lowered_for("cpu", (1, 1), **arguments)
+
+
+def test_layers_use_it():
+    block = ConvBlock(8, kernel_size=1, padding=0)
+    image = jnp.zeros((1, 8, 8, 3))
+    variables = jax.eval_shape(lambda: block.init(jax.random.key(0), image, train=False))
+    lowered = jax.jit(lambda v, x: block.apply(v, x, train=False)).lower(variables, image)
+    assert "stablehlo.convolution" not in lowered.as_text()

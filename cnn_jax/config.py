@@ -13,6 +13,7 @@ import json
 import math
 import numbers
 import operator
+import re
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -24,6 +25,8 @@ import jax.numpy as jnp
 from cnn_jax.data.datasets import DATASETS, DatasetInfo, dataset_info, split_range
 from cnn_jax.errors import UserError, nearest
 from cnn_jax.models import MODELS, create_model, model_class
+from cnn_jax.models.classifier import REMATS
+from cnn_jax.models.normalization import BATCH_NORMS, NORMS
 from cnn_jax.models.torch_weights import WeightsError
 from cnn_jax.training.freezing import train_only
 from cnn_jax.training.optim import OPTIMIZERS, SCHEDULES
@@ -72,6 +75,17 @@ class OneOf:
 
     def __str__(self) -> str:
         return f"one of {', '.join(map(repr, self.names))}"
+
+
+@dataclasses.dataclass(frozen=True)
+class OneOfStatistics:
+    """Whose images are normalised together: "global", "device", or "group:N" of N images."""
+
+    def __contains__(self, text: str) -> bool:
+        return text in ("global", "device") or re.fullmatch("group:[1-9][0-9]*", text) is not None
+
+    def __str__(self) -> str:
+        return "'global', 'device' or 'group:N' with a number of images N >= 1"
 
 
 AtLeastZero = Annotated[int, Bound(">=", 0)]
@@ -136,6 +150,19 @@ class LossConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class BatchNormConfig:
+    statistics: Annotated[str, OneOfStatistics()]
+
+    def group_size(self, batch_size: int, num_devices: int) -> int | None:
+        """Returns the images normalised together out of a batch; None: all of them."""
+        if self.statistics == "global":
+            return None
+        if self.statistics == "device":
+            return batch_size // num_devices
+        return int(self.statistics.removeprefix("group:"))
+
+
+@dataclasses.dataclass(frozen=True)
 class MeshConfig:
     data: MeshSize
     fsdp: MeshSize
@@ -164,6 +191,8 @@ class Config:
 
     seed: Annotated[int, Bound(">=", 0), Bound("<", 2**31)]
     batch_size: AtLeastOne
+    accumulate_steps: AtLeastOne
+    remat: Annotated[str, OneOf(REMATS)]
     num_epochs: AtLeastOne
     precision: Annotated[str, OneOf(("float32", "bfloat16"))]
     init_from: str
@@ -175,6 +204,7 @@ class Config:
     optimizer: OptimizerConfig
     schedule: ScheduleConfig
     loss: LossConfig
+    batch_norm: BatchNormConfig
     mesh: MeshConfig
     eval: EvalConfig
     checkpoint: CheckpointConfig
@@ -321,6 +351,35 @@ def _devices_share_alike(key: str, batch_size: int, num_devices: int) -> Iterato
         yield f"{key} = {batch_size}: must be divisible by the number of devices, {num_devices}"
 
 
+def _micro_batches_share_alike(
+    accumulate_steps: int, batch_size: int, num_devices: int
+) -> Iterator[str]:
+    if batch_size % num_devices == 0 and batch_size // num_devices % accumulate_steps:
+        yield (
+            f"accumulate_steps = {accumulate_steps}: must divide the {batch_size // num_devices} "
+            f"images that each of {num_devices} devices has of a batch"
+        )
+
+
+def _groups_fill_a_batch(statistics: str, accumulate_steps: int, batch_size: int) -> Iterator[str]:
+    size, rest = divmod(batch_size, accumulate_steps)
+    group = BatchNormConfig(statistics).group_size(size, 1)
+    if group and not rest and size % group:
+        which = "a batch" if accumulate_steps == 1 else "a micro-batch"
+        yield f"batch_norm.statistics = {statistics!r}: N must divide the {size} images of {which}"
+
+
+def _statistics_are_of_batch_norm(
+    statistics: str, name: str, arguments: Mapping[str, Any]
+) -> Iterator[str]:
+    norm = arguments.get("norm", create_model(name).norm)
+    if statistics != "global" and norm in NORMS and norm not in BATCH_NORMS:
+        yield (
+            f"batch_norm.statistics = {statistics!r}: only for a model with BatchNorm; the norm of "
+            f"this one is {norm!r}"
+        )
+
+
 def _split_exists(key: str, split: str, dataset: DatasetInfo) -> Iterator[str]:
     try:
         split_range(dataset, split)
@@ -424,6 +483,12 @@ _RULES: Sequence[tuple[Sequence[str], Callable[..., Iterable[str]]]] = (
     (("mesh.data", "mesh.fsdp", "num_devices"), _mesh_covers_devices),
     (("batch_size", "num_devices"), partial(_devices_share_alike, "batch_size")),
     (("eval.batch_size", "num_devices"), partial(_devices_share_alike, "eval.batch_size")),
+    (("accumulate_steps", "batch_size", "num_devices"), _micro_batches_share_alike),
+    (("batch_norm.statistics", "accumulate_steps", "batch_size"), _groups_fill_a_batch),
+    (
+        ("batch_norm.statistics", "model.name", "model.arguments"),
+        _statistics_are_of_batch_norm,
+    ),
     (("data.train_split", "dataset"), partial(_split_exists, "data.train_split")),
     (("data.test_split", "dataset"), partial(_split_exists, "data.test_split")),
     (("batch_size", "data.train_split", "dataset"), _images_fill_a_batch),
@@ -496,7 +561,12 @@ def _wrong(key: str, value: Any, annotation: Any) -> str:
     return f"{key} = {_shown(value)}: must be {_describe(annotation)}{hint}"
 
 
-_GIVEN_BY = {"model.num_classes": "data.name", "model.dtype": "precision"}
+_GIVEN_BY = {
+    "model.num_classes": "data.name",
+    "model.dtype": "precision",
+    "model.remat": "remat",
+    "model.batch_norm_group_size": "batch_norm.statistics",
+}
 
 
 def _unknown(key: str, value: Any, schema: Collection[str]) -> str:

@@ -5,7 +5,7 @@ What trains, what a dry run prints and what is compiled ahead of time are this o
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -22,12 +22,13 @@ from cnn_jax.models.geometry import grouped, layers, table
 from cnn_jax.runtime.compiler import CompilerSettings, compiler_settings
 from cnn_jax.runtime.executables import conditions
 from cnn_jax.runtime.platform import describe_devices
-from cnn_jax.runtime.sharding import batch_sharding, make_mesh, replicated, shard_state
+from cnn_jax.runtime.sharding import batch_sharding, make_mesh, replicated, shard_rows, shard_state
 from cnn_jax.training.augment import make_augment, normalize
 from cnn_jax.training.freezing import freeze_updates, train_only
 from cnn_jax.training.losses import cross_entropy
 from cnn_jax.training.optim import make_optimizer, make_schedule
 from cnn_jax.training.state import TrainState, init_state
+from cnn_jax.training.statistics import pool_statistics, spread_statistics
 from cnn_jax.training.steps import (
     EvalStep,
     PredictStep,
@@ -54,6 +55,7 @@ class Plan:
       mesh: the devices.
       compiler: what the steps are compiled with.
       train_step, eval_step, predict_step: the pure functions that are compiled.
+      spread: gives running statistics the rows that they have while training.
       state: the abstract train state, with the sharding of every array.
     """
 
@@ -70,6 +72,7 @@ class Plan:
     train_step: TrainStep
     eval_step: EvalStep
     predict_step: PredictStep
+    spread: Callable[[Any], Any]
     state: TrainState
 
     def make_state(self) -> TrainState:
@@ -80,7 +83,8 @@ class Plan:
 
         def make(weights: Any) -> TrainState:
             key = jax.random.fold_in(jax.random.key(self.config.seed), 0)
-            return init_state(self.model, self.tx, self._image(), key, weights=weights)
+            state = init_state(self.model, self.tx, self._image(), key, weights=weights)
+            return dataclasses.replace(state, batch_stats=self.spread(state.batch_stats))
 
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.state)
         return jax.jit(make, out_shardings=shardings)(self._weights())
@@ -178,6 +182,7 @@ class Plan:
             **_origin(config),
             "compiler": self.compiler.describe(),
             "precision": config.precision,
+            **_choices_line(config),
             "optimizer": f"{config.optimizer.name}, learning rate {config.optimizer.learning_rate} "
             f"({config.schedule.name}, {config.schedule.warmup_epochs:g} epochs of warm-up)",
             "steps": f"{self.total_steps:,} of {config.batch_size} images: "
@@ -196,7 +201,8 @@ class Plan:
             return {}
         from cnn_jax.weights import load_weights  # only here: it loads orbax
 
-        like = {"params": self.state.params, "batch_stats": self.state.batch_stats}
+        statistics = jax.eval_shape(pool_statistics, self.state.batch_stats)
+        like = {"params": self.state.params, "batch_stats": statistics}
         loaded = load_weights(self.config.init_from, like, ignore=self.config.init_ignore)
         wanted: Any = flatten_dict(like)
         leaves: Any = flatten_dict(loaded)
@@ -241,18 +247,39 @@ def _origin(config: Config) -> dict[str, str]:
     return {"weights": f"start from {config.init_from}{random}"}
 
 
+def choices(config: Config) -> dict[str, Any]:
+    """Returns, by key, how the train step is taken where that is not the default."""
+    values = {
+        "accumulate_steps": (config.accumulate_steps, 1),
+        "remat": (config.remat, "none"),
+        "batch_norm.statistics": (config.batch_norm.statistics, "global"),
+    }
+    return {key: value for key, (value, default) in values.items() if value != default}
+
+
+def _choices_line(config: Config) -> dict[str, str]:
+    chosen = ", ".join(f"{key} {value}" for key, value in choices(config).items())
+    return {"step": chosen} if chosen else {}
+
+
+def _as_they_are(batch_stats: Any) -> Any:
+    return batch_stats
+
+
 def _own_device(mesh: Mesh) -> Any:
     """Returns a device of this process, or None: for another's it cannot compile what it tries."""
     devices = mesh.devices.flat
     return next((each for each in devices if each.process_index == jax.process_index()), None)
 
 
-def make_model(config: Config) -> Any:
+def make_model(config: Config, *, batch_norm_group_size: int | None = None) -> Any:
     """Returns the linen module that `config` describes."""
     return create_model(
         config.model.name,
         num_classes=dataset_info(config.data.name).num_classes,
         dtype=jnp.dtype(config.precision),
+        remat=config.remat,
+        batch_norm_group_size=batch_norm_group_size,
         **config.model.arguments,
     )
 
@@ -268,7 +295,10 @@ def make_plan(config: Config, *, devices: Sequence[Any] | None = None) -> Plan:
         config.num_epochs, num_examples=train_examples, batch_size=config.batch_size
     )
     dtype = jnp.dtype(config.precision)
-    model = make_model(config)
+    mesh = make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp, devices=devices)
+    micro_batch = config.batch_size // config.accumulate_steps
+    group_size = config.batch_norm.group_size(micro_batch, mesh.size)
+    model = make_model(config, batch_norm_group_size=group_size)
     schedule = make_schedule(
         config.schedule.name,
         peak=config.optimizer.learning_rate,
@@ -296,8 +326,13 @@ def make_plan(config: Config, *, devices: Sequence[Any] | None = None) -> Plan:
         )
         frozen = train_only(config.train_only, variables["params"])
         tx = freeze_updates(tx, frozen)
-    mesh = make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp, devices=devices)
     state = jax.eval_shape(lambda image: init_state(model, tx, image, jax.random.key(0)), image)
+    sharded = shard_state(mesh, state)
+    spread: Callable[[Any], Any] = _as_they_are
+    if group_size and mesh.size > 1 and micro_batch // mesh.size % group_size == 0:
+        spread = functools.partial(spread_statistics, rows=mesh.size, frozen=frozen)
+        rows = jax.eval_shape(spread, state.batch_stats)
+        sharded = dataclasses.replace(sharded, batch_stats=shard_rows(mesh, rows))
     return Plan(
         config=config,
         dataset=dataset,
@@ -318,8 +353,10 @@ def make_plan(config: Config, *, devices: Sequence[Any] | None = None) -> Plan:
                 crop_padding=config.augment.crop_padding, flip=config.augment.flip
             ),
             frozen=frozen,
+            accumulate_steps=config.accumulate_steps,
         ),
         eval_step=make_eval_step(model, normalize=prepare),
         predict_step=make_predict_step(model, normalize=prepare),
-        state=shard_state(mesh, state),
+        spread=spread,
+        state=sharded,
     )

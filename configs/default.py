@@ -23,6 +23,8 @@ def get_config() -> Any:  # a ConfigDict, whose attributes a type checker cannot
 
     config.seed = 0  # decides the first weights, the order of the images and their augmentation
     config.batch_size = 128  # images in a training step, over all devices together
+    config.accumulate_steps = 1  # micro-batches of a training step, one after the other
+    config.remat = "none"  # what is computed again in the backward pass: none, block or stage
     config.num_epochs = 10  # passes over the training images
     config.precision = "float32"  # of the computation: float32 or bfloat16; weights are float32
 
@@ -68,6 +70,9 @@ def get_config() -> Any:  # a ConfigDict, whose attributes a type checker cannot
 
     config.loss = ConfigDict(type_safe=False)
     config.loss.label_smoothing = 0.0  # share of the label that is spread over all classes
+
+    config.batch_norm = ConfigDict(type_safe=False)
+    config.batch_norm.statistics = "global"  # or device, its images alone; or group:N, N images
 
     config.mesh = ConfigDict(type_safe=False)
     config.mesh.data = -1  # devices that split the batch; -1: all that fsdp leaves

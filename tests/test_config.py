@@ -240,6 +240,36 @@ def test_unknown_split_is_reported(split):
 
 
 DEVICE_MISTAKES = {
+    "micro-batches": (
+        {"accumulate_steps": 3},
+        "accumulate_steps = 3: must divide the 16 images that each of 8 devices has of a batch",
+    ),
+    "groups": (
+        {"batch_norm.statistics": "group:48"},
+        "batch_norm.statistics = 'group:48': N must divide the 128 images of a batch",
+    ),
+    "groups of micro-batches": (
+        {"batch_norm.statistics": "group:32", "accumulate_steps": 8},
+        "batch_norm.statistics = 'group:32': N must divide the 16 images of a micro-batch",
+    ),
+    "groups without a number": (
+        {"batch_norm.statistics": "group:0"},
+        "batch_norm.statistics = 'group:0': must be a text 'global', 'device' or 'group:N' with a "
+        "number of images N >= 1",
+    ),
+    "statistics of no BatchNorm": (
+        {"batch_norm.statistics": "device", "model.name": "convnext_mini"},
+        "batch_norm.statistics = 'device': only for a model with BatchNorm; the norm of this one "
+        "is 'layer'",
+    ),
+    "statistics as an argument of the model": (
+        {"model.batch_norm_group_size": 2},
+        "model.batch_norm_group_size: not a choice of its own; batch_norm.statistics gives it",
+    ),
+    "recomputation": (
+        {"remat": "blocks"},
+        "remat = 'blocks': must be one of 'none', 'block', 'stage' (did you mean 'block'?)",
+    ),
     "batch": (
         {"batch_size": 100},
         "batch_size = 100: must be divisible by the number of devices, 8",

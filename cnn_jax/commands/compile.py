@@ -7,6 +7,7 @@ a compiler that crashes, hangs or swells is one row of the report.
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import re
 import subprocess
@@ -17,6 +18,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from cnn_jax.config import BatchNormConfig
 from cnn_jax.data.datasets import dataset_info, split_range
 from cnn_jax.errors import UserError
 from cnn_jax.runtime.files import write_atomically
@@ -250,7 +252,8 @@ def largest_batch(
 
     Two compiles foretell it, since memory grows nearly in proportion to the batch; from there the
     search doubles or halves what is between a batch that fits and one that does not. A batch is a
-    multiple of 8 for each device, or of 1 where not even 8 fit, and no larger than the data set.
+    multiple of 8 for each device, or of 1 where not even 8 fit, of each micro-batch and of whole
+    groups of `batch_norm.statistics`, and no larger than the data set.
 
     Raises UserError where the memory of the device is not known.
     """
@@ -259,6 +262,9 @@ def largest_batch(
         raise UserError(f"{topology.name}: its memory is not known, so nothing can be too large")
     data = variant.values["data"]
     most = len(split_range(dataset_info(data["name"]), data["train_split"])[1])
+    statistics = BatchNormConfig(**variant.values["batch_norm"])
+    group = statistics.group_size(topology.num_devices, topology.num_devices) or 1
+    least = variant.values["accumulate_steps"] * math.lcm(topology.num_devices, group)
     peaks: dict[int, int | None] = {}
 
     def fits(batch: int) -> bool:
@@ -296,12 +302,12 @@ def largest_batch(
 
     where = " ".join(filter(None, [topology.name, variant.name]))
     try:
-        found = search(8 * topology.num_devices) or search(topology.num_devices)
+        found = search(8 * least) or search(least)
     except _CompileError:
         return f"{where}: the search stopped at a compile that failed"
     if found is None:
-        return f"{where}: not even one image a device fits"
-    limit = ", all that the data set has" if found + topology.num_devices * 8 > most else ""
+        return f"{where}: not even a batch of {least:,} fits"
+    limit = ", all that the data set has" if found + 8 * least > most else ""
     return f"{where}: the largest batch that fits is {found:,}{limit}"
 
 
@@ -314,6 +320,7 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "variant": lambda row: row["variant"],
     "step": lambda row: row["step"],
     "batch": lambda row: f"{row['batch']:,}" if "batch" in row else "",
+    "taken": lambda row: ", ".join(f"{key} {value}" for key, value in _choices(row).items()),
     "peak": lambda row: _gib(row.get("memory", {}).get("peak")),
     "of": lambda row: _gib(row.get("memory", {}).get("capacity")),
     "fits": lambda row: _verdict(row),
@@ -326,7 +333,7 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "bound*": lambda row: (row.get("estimate") or {}).get("bound", ""),
     "compiled in": lambda row: duration(row["seconds"]["compiling"]) if "seconds" in row else "",
 }
-LEFT = {"topology", "variant", "step", "fits", "bound*"}
+LEFT = {"topology", "variant", "step", "taken", "fits", "bound*"}
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -400,6 +407,11 @@ def _assumptions(rows: Iterable[Row]) -> Mapping[str, float]:
 def _beyond_cuda_share(row: Row) -> bool:
     is_gpu = parse_topology(row["topology"]).platform == "cuda"
     return is_gpu and row["memory"]["peak"] > CUDA_SHARE * row["memory"]["capacity"]
+
+
+def _choices(row: Row) -> Mapping[str, Any]:
+    """Returns, by the last part of each key, how the step is taken where it is not the default."""
+    return {key.rpartition(".")[2]: value for key, value in row.get("choices", {}).items()}
 
 
 def _gib(size: float | None) -> str:

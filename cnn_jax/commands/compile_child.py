@@ -18,7 +18,7 @@ import jax
 from cnn_jax.config import parse
 from cnn_jax.errors import UserError
 from cnn_jax.models.geometry import layers, total
-from cnn_jax.plan import Plan, make_plan
+from cnn_jax.plan import Plan, choices, make_plan
 from cnn_jax.runtime import executables, hlo
 from cnn_jax.runtime.compile_plot import plot
 from cnn_jax.runtime.compiler import compile_program
@@ -98,10 +98,12 @@ def compile_step(request: Mapping[str, Any]) -> dict[str, Any]:
         "batch": images,
         "devices": topology.num_devices,
         "precision": config.precision,
+        "choices": choices(config) if step == "train" else {},
         "compiler": plan.compiler.describe(),
         "memory": _memory(compiled, topology),
         "flops_per_image": {
-            "geometry": _geometry(plan, step),  # taps on the padding count in this one alone
+            # Taps on the padding count in this one alone, what `remat` computes again does not.
+            "geometry": _geometry(plan, step),
             "compiler": _an_image(costs.get("flops"), share),
             "hlo": counted.total / share,
         },

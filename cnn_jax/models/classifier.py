@@ -1,14 +1,15 @@
 """What all models share: stages of feature maps, and a head that classifies the last."""
 
-from collections.abc import Collection, Sequence
+import functools
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
 
 from cnn_jax.models.initialization import TORCH, Initialization
-from cnn_jax.models.layers import at_least
-from cnn_jax.models.normalization import NORMS, Norm
+from cnn_jax.models.layers import ModuleFactory, at_least
+from cnn_jax.models.normalization import BATCH_NORMS, NORMS, Norm
 from cnn_jax.models.pooling import POOLS
 from cnn_jax.typing import FeatureMap, Images, Logits
 
@@ -17,6 +18,9 @@ def one_of(argument: str, value: str, allowed: Collection[str]) -> None:
     """Raises ValueError unless `value` is allowed."""
     if value not in allowed:
         raise ValueError(f"{argument}={value!r}: must be one of {', '.join(map(repr, allowed))}")
+
+
+REMATS = ("none", "block", "stage")
 
 
 class Head(nn.Module):
@@ -62,17 +66,23 @@ class Classifier(nn.Module):
     Attributes:
       num_classes: width of the head.
       norm: a name in `NORMS`; without a norm, convolutions have biases.
+      batch_norm_group_size: images that share BatchNorm's statistics while training; None: all of
+        the batch.
       pool: of the head: "average", "max" or "generalized_mean".
       initialization: "torchvision", as torchvision starts this network, or "torch", the defaults of
         torch's layers.
+      remat: what is computed again in the backward pass instead of being kept: "none", all that is
+        inside a "block", or inside a "stage", whose inputs alone are kept.
       features_only: whether to return the stages' outputs instead of logits, without a head.
       dtype: of the computation; parameters, statistics and logits are float32.
     """
 
     num_classes: int = 1000
     norm: str = "batch"
+    batch_norm_group_size: int | None = None
     pool: str = "average"
     initialization: str = "torchvision"
+    remat: str = "none"
     features_only: bool = False
     dtype: Any = None
 
@@ -90,6 +100,41 @@ class Classifier(nn.Module):
         """Raises ValueError for an attribute that cannot be."""
         one_of("norm", self.norm, NORMS)
         one_of("pool", self.pool, POOLS)
+        one_of("remat", self.remat, REMATS)
+        if self.batch_norm_group_size is not None and self.norm not in BATCH_NORMS:
+            raise ValueError(
+                f"batch_norm_group_size={self.batch_norm_group_size}: must be None with "
+                f"norm={self.norm!r}, which has no statistics of a batch"
+            )
+
+    @nn.nowrap
+    def make_norm(self) -> Norm:
+        """Returns what makes the norms."""
+        norm = NORMS[self.norm]
+        if self.batch_norm_group_size is None:
+            return norm
+        return functools.partial(norm, group_size=self.batch_norm_group_size)
+
+    @nn.nowrap
+    def run(self, blocks: Sequence[ModuleFactory], x: FeatureMap, *, train: bool) -> FeatureMap:
+        """Returns x through a stage: the modules that `blocks` make, one after the other.
+
+        While training, `remat` has a block or all of them computed again in the backward pass. The
+        variables are the same with and without.
+        """
+
+        def run_block(block: ModuleFactory, module: Any, x: FeatureMap) -> FeatureMap:
+            return block()(x, train=train)
+
+        def run_stage(module: Any, x: FeatureMap) -> FeatureMap:
+            for block in blocks:
+                x = again("block", functools.partial(run_block, block))(module, x)
+            return x
+
+        def again(what: str, function: Callable[..., FeatureMap]) -> Callable[..., FeatureMap]:
+            return nn.remat(function) if train and self.remat == what else function
+
+        return again("stage", run_stage)(self, x)
 
     @nn.nowrap
     def make_head(self) -> Head:

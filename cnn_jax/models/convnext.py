@@ -10,7 +10,6 @@ from cnn_jax.models.blocks import ConvNeXtBlock
 from cnn_jax.models.classifier import Classifier, Head, check_images, depth_rates, one_of
 from cnn_jax.models.initialization import TORCH, normal, zero_bias
 from cnn_jax.models.layers import ConvBlock, at_least
-from cnn_jax.models.normalization import NORMS
 from cnn_jax.typing import FeatureMap, Images
 
 STEM_STRIDES = {"patch": 4, "small": 1}
@@ -46,7 +45,7 @@ class ConvNeXt(Classifier):
         return Head(
             self.num_classes,
             self.pool,
-            norm=NORMS[self.norm],
+            norm=self.make_norm(),
             initialization=INITIALIZATIONS[self.initialization],
         )
 
@@ -56,7 +55,7 @@ class ConvNeXt(Classifier):
         initialization = INITIALIZATIONS[self.initialization]
         parts: dict[str, Any] = {
             "conv": initialization.conv,
-            "norm": NORMS[self.norm],
+            "norm": self.make_norm(),
             "dtype": self.dtype,
         }
         size, padding = (4, 0) if self.stem == "patch" else (3, 1)
@@ -66,19 +65,23 @@ class ConvNeXt(Classifier):
         x = stem(images, train=train)
         maps = [x]
         for stage, rates in enumerate(depth_rates(self.stochastic_depth_rate, self.stage_sizes)):
-            if stage > 0:
-                x = NormedDownsample(
-                    self.width * 2**stage, name=f"stage{stage + 1}_downsample", **parts
-                )(x, train=train)
-            for index, rate in enumerate(rates):
-                x = ConvNeXtBlock(
-                    self.width * 2**stage,
+            width = self.width * 2**stage
+            downsample = functools.partial(
+                NormedDownsample, width, name=f"stage{stage + 1}_downsample", **parts
+            )
+            blocks = [
+                functools.partial(
+                    ConvNeXtBlock,
+                    width,
                     layer_scale=self.layer_scale,
                     stochastic_depth_rate=rate,
                     dense=initialization.dense,
                     name=f"stage{stage + 1}_block{index + 1}",
                     **parts,
-                )(x, train=train)
+                )
+                for index, rate in enumerate(rates)
+            ]
+            x = self.run([downsample, *blocks] if stage > 0 else blocks, x, train=train)
             maps.append(x)
         return maps
 

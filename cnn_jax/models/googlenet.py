@@ -9,7 +9,7 @@ from cnn_jax.models.blocks import InceptionBlock
 from cnn_jax.models.classifier import Classifier, Head, check_images, one_of
 from cnn_jax.models.initialization import TORCH, normal, torch_bias
 from cnn_jax.models.layers import ConvBlock, at_least
-from cnn_jax.models.normalization import NORMS
+from cnn_jax.models.normalization import BATCH_NORMS
 from cnn_jax.models.pooling import max_pool
 from cnn_jax.typing import FeatureMap, Images
 
@@ -24,7 +24,6 @@ CHANNELS = {  # of the six convolutions, from the paper's table 1
     "5a": (256, 160, 320, 32, 128, 128),
     "5b": (384, 192, 384, 48, 128, 128),
 }
-BATCH_NORMS = ("batch", "batch_unbiased")
 STEM_STRIDES = {"large": 8, "small": 1}
 INITIALIZATIONS = {"torchvision": normal(0.01, torch_bias), "torch": TORCH}
 
@@ -64,7 +63,7 @@ class GoogLeNet(Classifier):
     @nn.compact
     def stages(self, images: Images, *, train: bool) -> list[FeatureMap]:
         check_images(images, self.feature_strides[-1])
-        norm = NORMS[self.norm]
+        norm = self.make_norm()
         parts = {
             "use_bias": self.norm == "none",
             "conv": INITIALIZATIONS[self.initialization].conv,
@@ -85,12 +84,18 @@ class GoogLeNet(Classifier):
         for digit in self._digits():
             if len(maps) > 1:
                 x = halved(x, window=2) if digit == "5" else halved(x)
-            for name in self.blocks:
-                if name.startswith(digit):
-                    channels = [count * self.width // 64 for count in CHANNELS[name]]
-                    x = InceptionBlock(
-                        *channels, large_kernel_size=3, name=f"inception{name}", **parts
-                    )(x, train=train)
+            blocks = [
+                functools.partial(
+                    InceptionBlock,
+                    *[count * self.width // 64 for count in CHANNELS[name]],
+                    large_kernel_size=3,
+                    name=f"inception{name}",
+                    **parts,
+                )
+                for name in self.blocks
+                if name.startswith(digit)
+            ]
+            x = self.run(blocks, x, train=train)
             maps.append(x)
         return maps
 

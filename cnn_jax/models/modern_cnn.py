@@ -16,7 +16,7 @@ from cnn_jax.models.blocks import (
 from cnn_jax.models.classifier import Classifier, check_images, depth_rates, one_of
 from cnn_jax.models.initialization import KAIMING, TORCH
 from cnn_jax.models.layers import ConvBlock, at_least
-from cnn_jax.models.normalization import GROUP_SIZE, NORMS
+from cnn_jax.models.normalization import GROUP_SIZE
 from cnn_jax.models.pooling import blur_pool, max_pool
 from cnn_jax.typing import FeatureMap, Images
 
@@ -76,7 +76,7 @@ class ModernCNN(Classifier):
         initialization = INITIALIZATIONS[self.initialization]
         parts: dict[str, Any] = {
             "conv": initialization.conv,
-            "norm": NORMS[self.norm],
+            "norm": self.make_norm(),
             "dtype": self.dtype,
         }
         attention = ATTENTIONS[self.attention]
@@ -96,14 +96,16 @@ class ModernCNN(Classifier):
         for stage, stage_rates in enumerate(rates):
             features = self.width * 2**stage
             outputs = features * expansion
+            blocks = []
             for index, rate in enumerate(stage_rates):
                 strides = 2 if stage > 0 and index == 0 else 1
                 downsample = None
-                if strides > 1 or x.shape[-1] != outputs:
+                if index == 0 and (strides > 1 or x.shape[-1] != outputs):
                     downsample = functools.partial(
                         DOWNSAMPLES[self.downsample], outputs, strides=strides, **parts
                     )
-                x = make_block(
+                block = functools.partial(
+                    make_block,
                     features,
                     strides=strides,
                     downsample=downsample,
@@ -114,7 +116,9 @@ class ModernCNN(Classifier):
                     anti_alias=self.anti_alias,
                     name=f"stage{stage + 1}_block{index + 1}",
                     **parts,
-                )(x, train=train)
+                )
+                blocks.append(block)
+            x = self.run(blocks, x, train=train)
             maps.append(x)
         return maps
 

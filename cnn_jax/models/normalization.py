@@ -31,12 +31,20 @@ class BatchNorm(nn.Module):
     are float32. The variance is `E[x**2] - E[x]**2`, one pass over the memory: it loses its digits
     where |mean| is a thousand times the deviation.
 
+    With `group_size`, every so many images in a row are normalised by their own statistics. Groups
+    that lie on one device each need no communication: a group is an axis of the array, divided as
+    the batch was. What moves a running statistic is that of all groups together; that would need
+    communication, so running statistics may have a row for each device (`[rows, channels]`, as
+    `spread_statistics` makes them), moved by the groups in its share of the batch. Evaluation
+    pools the rows.
+
     Attributes:
       use_running_average: whether to normalise by the running statistics and leave them alone.
       momentum: what stays of a running statistic, a step; torch writes 1 - this.
       epsilon: added to the variance.
       unbiased: whether the running variance is that of n - 1 values, as PyTorch keeps it, rather
         than that of n, as Flax does. The normalisation of a training batch is the same.
+      group_size: images that share statistics while training; None: the whole batch.
       scale_init: initialiser of the scale.
       dtype: of the output.
     """
@@ -45,34 +53,77 @@ class BatchNorm(nn.Module):
     momentum: float = 0.9
     epsilon: float = 1e-5
     unbiased: bool = False
+    group_size: int | None = None
     scale_init: Callable[..., Any] = ones
     dtype: Any = None
 
     @nn.compact
     def __call__(self, x: FeatureMap) -> FeatureMap:
-        """Returns x normalised; ValueError for one value a channel where `unbiased` needs two."""
+        """Returns x normalised.
+
+        Raises ValueError for one value a channel where `unbiased` needs two, for a `group_size`
+        that does not divide the batch, and for groups that do not divide into the rows.
+        """
         shape = x.shape[-1:]
         scale = self.param("scale", self.scale_init, shape, jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, shape, jnp.float32)
         running_mean: Any = self.variable("batch_stats", "mean", jnp.zeros, shape, jnp.float32)
         running_var: Any = self.variable("batch_stats", "var", jnp.ones, shape, jnp.float32)
 
-        if self.use_running_average:
-            mean, var = running_mean.value, running_var.value
-        else:
+        def moments(x: Any) -> tuple[Any, Any]:
             exact = x.astype(jnp.promote_types(x.dtype, jnp.float32))
             axes = tuple(range(x.ndim - 1))
             mean = jnp.mean(exact, axes)
-            var = jnp.maximum(jnp.mean(jnp.square(exact), axes) - jnp.square(mean), 0)
+            return mean, jnp.maximum(jnp.mean(jnp.square(exact), axes) - jnp.square(mean), 0)
+
+        def normalized(x: Any, mean: Any, var: Any) -> Any:
+            row = (1,) * (x.ndim - 1) + (-1,)
+            factor = jax.lax.rsqrt(var + self.epsilon) * scale
+            return (x - mean.reshape(row)) * factor.reshape(row) + bias.reshape(row)
+
+        if self.use_running_average:
+            mean, var = running_mean.value, running_var.value
+            y = normalized(x, *(pooled(mean, var) if mean.ndim > 1 else (mean, var)))
+        else:
+            if self.group_size is None:
+                mean, var = moments(x)
+                y = normalized(x, mean, var)
+            else:
+                groups = self._groups(x)
+                mean, var = jax.vmap(moments)(groups)
+                y = jax.vmap(normalized)(groups, mean, var).reshape(x.shape)
             if not self.is_initializing():
-                kept_var = var * self._correction(x.size // x.shape[-1]) if self.unbiased else var
+                mean, var = self._by_row(mean, var, running_mean.value.shape)
+                kept_var = var
+                if self.unbiased:
+                    kept_var = var * self._correction(x.size // running_mean.value.size)
                 running_mean.value = self._moved(running_mean.value, mean)
                 running_var.value = self._moved(running_var.value, kept_var)
-
-        row = (1,) * (x.ndim - 1) + (-1,)
-        factor = jax.lax.rsqrt(var + self.epsilon) * scale
-        y: Any = (x - mean.reshape(row)) * factor.reshape(row) + bias.reshape(row)
         return y.astype(self.dtype or y.dtype)
+
+    @nn.nowrap
+    def _groups(self, x: Any) -> Any:
+        """Returns [groups, images of a group, h, w, c]."""
+        size = self.group_size or 0
+        if size < 1 or x.shape[0] % size:
+            raise ValueError(
+                f"group_size={self.group_size}: must divide the {x.shape[0]} images of a batch"
+            )
+        return x.reshape(-1, size, *x.shape[1:])
+
+    @nn.nowrap
+    def _by_row(self, mean: Any, var: Any, shape: tuple[int, ...]) -> tuple[Any, Any]:
+        """Returns the statistics of the groups in each row of running statistics of `shape`."""
+        if mean.shape == shape:
+            return mean, var
+        rows, count = math.prod(shape[:-1]), mean.size // mean.shape[-1]
+        if count % rows:
+            raise ValueError(
+                f"group_size={self.group_size}: makes {count} groups of a batch, which must divide "
+                f"into the {rows} rows of running statistics, one for each device"
+            )
+        apart = (*shape[:-1], -1, shape[-1])
+        return pooled(mean.reshape(apart), var.reshape(apart))
 
     @nn.nowrap
     def _moved(self, old: Array, new: Array) -> Array:
@@ -88,6 +139,15 @@ class BatchNorm(nn.Module):
         return count / (count - 1)
 
 
+def pooled(mean: Any, var: Any) -> tuple[Any, Any]:
+    """Returns the statistics of groups of equal size as one, from those along axis -2.
+
+    The variance is by way of the second moments, `E[var + mean**2] - E[mean]**2`, written without
+    the difference of two large numbers; a mean of variances would leave out what is between groups.
+    """
+    return jnp.mean(mean, -2), jnp.mean(var, -2) + jnp.var(mean, -2)
+
+
 def batch_norm(
     *,
     train: bool,
@@ -95,6 +155,7 @@ def batch_norm(
     name: str,
     epsilon: float = 1e-5,
     unbiased: bool = False,
+    group_size: int | None = None,
     scale_init: Any = ones,
 ) -> BatchNorm:
     """Returns BatchNorm with torch's momentum (0.1 there, 0.9 here) and, by default, epsilon."""
@@ -102,6 +163,7 @@ def batch_norm(
         use_running_average=not train,
         epsilon=epsilon,
         unbiased=unbiased,
+        group_size=group_size,
         scale_init=scale_init,
         dtype=dtype,
         name=name,
@@ -152,3 +214,6 @@ NORMS: dict[str, Norm] = {
     "layer": layer_norm,
     "none": no_norm,
 }
+
+BATCH_NORMS = ("batch", "batch_unbiased")
+"""Those of `NORMS` that have statistics of the batch, and take `epsilon` and `group_size`."""

@@ -5,6 +5,7 @@ among them, so that one that was cut or altered later is found before anything i
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import logging
@@ -14,11 +15,13 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from jax.sharding import NamedSharding, PartitionSpec
 from orbax.checkpoint import checkpoint_managers
 
 from cnn_jax.errors import UserError
 from cnn_jax.runtime.files import write_atomically
 from cnn_jax.training.state import TrainState
+from cnn_jax.training.statistics import fit_statistics
 
 MANIFEST = "manifest.json"
 ITEMS = ("state", "record", "metrics")
@@ -104,6 +107,8 @@ class Checkpoints:
     def restore(self, abstract_state: TrainState) -> TrainState:
         """Returns the newest good state, laid out as `abstract_state` says.
 
+        Running statistics of another number of devices are pooled, and spread again.
+
         Raises UserError where the checkpoint holds other arrays than the model of this run has.
         """
         step = self._manager.latest_step()
@@ -111,7 +116,8 @@ class Checkpoints:
         with ocp.PyTreeCheckpointer() as reader:
             metadata = reader.metadata(self._directory / str(step) / "state")
         saved = _shapes(metadata.item_metadata.tree)
-        asked = _shapes(abstract_state)
+        as_saved = _with_rows(abstract_state, saved)
+        asked = _shapes(as_saved)
         for name in sorted(saved.keys() | asked.keys()):
             if saved.get(name) != asked.get(name):
                 raise UserError(
@@ -120,9 +126,13 @@ class Checkpoints:
                     f"{asked.get(name, 'missing')} here. Choose another --workdir"
                 )
         restored = self._manager.restore(
-            step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state))
+            step, args=ocp.args.Composite(state=ocp.args.StandardRestore(as_saved))
         )
-        return restored["state"]
+        state = restored["state"]
+        if as_saved is abstract_state:
+            return state
+        fitted = fit_statistics(state.batch_stats, abstract_state.batch_stats)
+        return dataclasses.replace(state, batch_stats=fitted)
 
     def save(
         self, state: TrainState, *, record: Mapping[str, Any], accuracy: float | None = None
@@ -190,6 +200,25 @@ class Checkpoints:
                 f"{_first_line(error)}. Earlier checkpoints are untouched; make room or choose "
                 "another --workdir, and start the same command again"
             ) from error
+
+
+def _with_rows(state: TrainState, saved: dict[str, tuple[int, ...]]) -> TrainState:
+    """Returns the abstract state with the rows of running statistics that are `saved`.
+
+    Where they are as many it is the state itself. The shapes of all else are left for comparison.
+    """
+
+    def saved_rows(path: Any, leaf: Any) -> Any:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        shape: tuple[int, ...] = saved.get(f"batch_stats/{name}") or leaf.shape
+        if shape == leaf.shape or shape[-1:] != leaf.shape[-1:] or max(len(shape), leaf.ndim) > 2:
+            return leaf
+        everywhere = NamedSharding(leaf.sharding.mesh, PartitionSpec())
+        return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=everywhere)
+
+    batch_stats = jax.tree.map_with_path(saved_rows, state.batch_stats)
+    same = _shapes(batch_stats) == _shapes(state.batch_stats)
+    return state if same else dataclasses.replace(state, batch_stats=batch_stats)
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:

@@ -57,6 +57,20 @@ def shard_state(mesh: Mesh, abstract_state: Any) -> Any:
     return jax.tree.map(place, abstract_state)
 
 
+def shard_rows(mesh: Mesh, abstract: Any) -> Any:
+    """Returns abstract arrays with a sharding: those of two axes are divided along the first.
+
+    Each device has one row, of as many as there are devices; all others are replicated.
+    """
+    rows, all_of_it = batch_sharding(mesh), replicated(mesh)
+
+    def place(leaf: Any) -> jax.ShapeDtypeStruct:
+        sharding = rows if leaf.ndim == 2 else all_of_it
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    return jax.tree.map(place, abstract)
+
+
 def to_devices(batch: Mapping[str, np.ndarray], sharding: NamedSharding) -> Batch:
     """Returns this process's part of a batch as global arrays on the devices."""
     return {

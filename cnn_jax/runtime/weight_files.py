@@ -22,6 +22,7 @@ from cnn_jax.errors import UserError, nearest
 from cnn_jax.runtime.checkpoint import find_damage, quieten_orbax, write_manifest
 from cnn_jax.runtime.files import write_atomically
 from cnn_jax.runtime.torch_files import read_torch_file
+from cnn_jax.training.statistics import pool_statistics
 
 COLLECTIONS = ("params", "batch_stats")
 
@@ -70,7 +71,8 @@ def write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
 def read_directory(directory: Path) -> tuple[dict[str, Any], Mapping[str, Any]]:
     """Returns the variables and the record of a directory of weights, or of a run's checkpoint.
 
-    In the directory of a run it is the newest good checkpoint.
+    In the directory of a run it is the newest good checkpoint. Running statistics that each device
+    had of its own are pooled.
 
     Raises UserError where there is none, or it is damaged.
     """
@@ -83,7 +85,10 @@ def read_directory(directory: Path) -> tuple[dict[str, Any], Mapping[str, Any]]:
         state = reader.restore(checkpoint / "state", restore_args=as_numpy)
     with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
         record = reader.restore(checkpoint / "record")
-    return {name: state[name] for name in COLLECTIONS if name in state}, record
+    variables = {name: state[name] for name in COLLECTIONS if name in state}
+    if "batch_stats" in variables:
+        variables["batch_stats"] = pool_statistics(variables["batch_stats"])
+    return variables, record
 
 
 def write_directory(

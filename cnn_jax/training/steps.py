@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from cnn_jax.training.accumulation import accumulate
 from cnn_jax.training.augment import Augment, example_keys
 from cnn_jax.training.freezing import Frozen, frozen_statistics, stop_gradients
 from cnn_jax.training.losses import Loss, cross_entropy
@@ -28,6 +29,7 @@ def make_train_step(
     normalize: Normalize = lambda images: images,
     augment: Augment | None = None,
     frozen: Frozen | None = None,
+    accumulate_steps: int = 1,
 ) -> TrainStep:
     """Returns `step(state, batch, key) -> (state, metric sums)`.
 
@@ -37,32 +39,41 @@ def make_train_step(
     With `augment`, examples are changed by keys of (key, epoch, index), which the batch names.
     Parameters that are `frozen` have no gradient and their BatchNorms keep their statistics; give
     `freeze_updates(tx, frozen)` as the optimiser, since momentum and weight decay move them too.
+    With `accumulate_steps` the gradient is that of so many micro-batches in turn, see `accumulate`.
     """
     frozen = frozen or (lambda path: False)
 
     def step(state: TrainState, batch: Batch, key: jax.Array) -> tuple[TrainState, Metrics]:
-        images, labels = batch["image"], batch["label"]
-        if augment is not None:
-            images = augment(images, example_keys(key, batch["epoch"], batch["index"]))
-        images = normalize(images)
+        def gradients(
+            params: Any, batch_stats: Any, batch: Batch, dropout_key: jax.Array
+        ) -> tuple[Any, Any, Metrics]:
+            images, labels = batch["image"], batch["label"]
+            if augment is not None:
+                images = augment(images, example_keys(key, batch["epoch"], batch["index"]))
+            images = normalize(images)
 
-        def mean_loss(params: Any) -> tuple[jax.Array, Any]:
-            variables = {
-                "params": stop_gradients(params, frozen),
-                "batch_stats": state.batch_stats,
-            }
-            with frozen_statistics(frozen):
-                logits, updated = model.apply(
-                    variables,
-                    images,
-                    train=True,
-                    mutable=["batch_stats"],
-                    rngs={"dropout": jax.random.fold_in(key, state.step)},
-                )
-            losses = loss(logits, labels)
-            return jnp.mean(losses), (logits, losses, updated.get("batch_stats", {}))
+            def mean_loss(params: Any) -> tuple[jax.Array, Any]:
+                variables = {
+                    "params": stop_gradients(params, frozen),
+                    "batch_stats": batch_stats,
+                }
+                with frozen_statistics(frozen):
+                    logits, updated = model.apply(
+                        variables,
+                        images,
+                        train=True,
+                        mutable=["batch_stats"],
+                        rngs={"dropout": dropout_key},
+                    )
+                losses = loss(logits, labels)
+                return jnp.mean(losses), (logits, losses, updated.get("batch_stats", {}))
 
-        grads, (logits, losses, batch_stats) = jax.grad(mean_loss, has_aux=True)(state.params)
+            grads, (logits, losses, batch_stats) = jax.grad(mean_loss, has_aux=True)(params)
+            return grads, batch_stats, metric_sums(logits, labels, losses, jnp.ones_like(losses))
+
+        grads, batch_stats, sums = accumulate(gradients, accumulate_steps)(
+            state.params, state.batch_stats, batch, jax.random.fold_in(key, state.step)
+        )
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         new_state = TrainState(
             step=state.step + 1,
@@ -70,7 +81,6 @@ def make_train_step(
             batch_stats=batch_stats,
             opt_state=opt_state,
         )
-        sums = metric_sums(logits, labels, losses, jnp.ones_like(losses))
         grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(sums["loss"]) & jnp.isfinite(grad_norm)
         return new_state, {**sums, "grad_norm": grad_norm, "finite": finite}

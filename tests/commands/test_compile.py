@@ -220,10 +220,16 @@ MEMORIES = {  # bytes of one device by the images on it
 }
 
 
+STEP = {"accumulate_steps": 1, "batch_norm": {"statistics": "global"}}
+OF_TWELVE = {"accumulate_steps": 3, "batch_norm": {"statistics": "group:4"}}
+
+
 @pytest.mark.parametrize("memory", MEMORIES.values(), ids=MEMORIES)
-@pytest.mark.parametrize("devices", [1, 8])
-def test_the_largest_batch_is_found(memory, devices, monkeypatch):
-    """In few compiles, however the memory grows."""
+@pytest.mark.parametrize(
+    ("devices", "step", "least"), [(1, STEP, 1), (8, STEP, 8), (1, OF_TWELVE, 12)]
+)
+def test_the_largest_batch_is_found(memory, devices, step, least, monkeypatch):
+    """In few compiles, however the memory grows, in whole micro-batches and groups."""
     topology = parse_topology(f"h200:{devices}")
     capacity = topology.accelerator.memory
     rows = []
@@ -238,17 +244,17 @@ def test_the_largest_batch_is_found(memory, devices, monkeypatch):
         }
 
     monkeypatch.setattr(command, "compile_one", compile_one)
-    values = {"data": {"name": "synthetic", "train_split": "train[:100000]"}}
+    values = {"data": {"name": "synthetic", "train_split": "train[:100000]"}} | step
     answer = command.largest_batch(command.Variant(values), topology, OPTIONS, rows.append)
     tried = {row["batch"]: row["memory"]["fits"] for row in rows}
     assert len(tried) == len(rows) <= 24, "none twice"
     fitting = [batch for batch, fits in tried.items() if fits]
     if not fitting:
-        assert memory(1) > capacity
-        assert answer.endswith("not even one image a device fits")
+        assert memory(least // devices) > capacity
+        assert answer.endswith(f"not even a batch of {least} fits")
         return
     best = max(fitting)
-    unit = (8 if memory(8) <= capacity else 1) * devices
+    unit = (8 if memory(8 * least // devices) <= capacity else 1) * least
     assert f"the largest batch that fits is {best:,}" in answer
     assert best % unit == 0
     if best + unit <= 100_000:
@@ -260,7 +266,7 @@ def test_the_largest_batch_is_found(memory, devices, monkeypatch):
 def test_the_search_ends_at_a_compile_that_fails(compiler):
     compiler("os.kill(os.getpid(), signal.SIGKILL)")
     rows = []
-    values = {"data": {"name": "synthetic", "train_split": "train"}}
+    values = {"data": {"name": "synthetic", "train_split": "train"}} | STEP
     answer = command.largest_batch(
         command.Variant(values), parse_topology("h200"), OPTIONS, rows.append
     )
@@ -327,6 +333,58 @@ def test_no_compiler_outlives_the_command(stop, tmp_path):
     assert not Path("/proc", found[0]).exists()
     if stop == signal.SIGTERM:
         assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_how_a_step_is_taken_is_reported(tmp_path):
+    """And the body of the loop over micro-batches counts as often as it runs."""
+    report = tmp_path / "report.json"
+    code, output = compiled(
+        CONFIG,
+        *SMALL,
+        "--topology=cpu:2",
+        "--step=train",
+        "--config.accumulate_steps=1,4",
+        "--config.batch_norm.statistics=device",
+        "--config.remat=block",
+        f"--json={report}",
+    )
+    assert code == 0, output
+    once, four = json.loads(report.read_text())["rows"]
+    assert once["choices"] == {"remat": "block", "batch_norm.statistics": "device"}
+    assert four["choices"] == {"accumulate_steps": 4, **once["choices"]}
+    assert "accumulate_steps 4, remat block, statistics device" in output
+    assert four["loops_of_unknown_length"] == []
+    flops = [row["flops_per_image"]["hlo"] for row in (once, four)]
+    assert flops[1] == pytest.approx(flops[0], rel=0.1)
+    reduced = [sum(each["bytes"] for each in row["collectives"]) for row in (once, four)]
+    assert reduced[1] == 4 * reduced[0]
+    assert four["memory"]["temporaries"] < 0.6 * once["memory"]["temporaries"]
+
+
+@pytest.mark.slow
+def test_a_gpu_needs_less_memory_where_blocks_are_computed_again(tmp_path):
+    """XLA's CPU compiler undoes it, and is no witness."""
+    if importlib.util.find_spec("jax_cuda12_plugin") is None:
+        pytest.skip("jax_cuda12_plugin is not installed")
+    report = tmp_path / "report.json"
+    code, output = compiled(
+        CONFIG,
+        "--config.model.width=8",
+        "--config.model.stage_sizes=3,",
+        "--config.batch_size=512",
+        "--topology=h200",
+        "--step=train",
+        "--config.remat=none,block",
+        f"--json={report}",
+    )
+    assert code == 0, output
+    none, block = (
+        (row["memory"]["temporaries"], row["flops_per_image"]["hlo"])
+        for row in json.loads(report.read_text())["rows"]
+    )
+    assert block[0] < 0.7 * none[0]
+    assert 1.1 * none[1] < block[1] < 1.5 * none[1], "one more forward pass"
 
 
 @pytest.mark.parametrize(

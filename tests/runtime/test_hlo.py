@@ -554,6 +554,7 @@ def test_other_operations(instruction, count):
         ("replica_groups=mesh['data'=4,'fsdp'=2] {'data'}", 4),
         ("replica_groups=mesh['data'=4,'fsdp'=2] {'data','fsdp'}", 8),
         ("replica_groups=mesh['data'=8] {'data':(2)4}", 4),
+        ("replica_groups=mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'a'}", 2),
     ],
 )
 def test_groups_of_a_collective(groups, size):

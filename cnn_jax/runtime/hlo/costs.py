@@ -591,12 +591,16 @@ def _fused_collective(
 
 
 def _group_size(instruction: Instruction, devices: int) -> int:
-    """Reads `{{0,1},{2,3}}`, `[2,4]<=[8]`, `mesh['a'=2,'b'=4] {'b'}`, or pairs of a permutation."""
+    """Reads `{{0,1},{2,3}}`, `[2,4]<=[8]`, `mesh['a'=2,'b'=4] {'b'}`, or pairs of a permutation.
+
+    The names of a mesh stand behind its `device_ids` where these are not in order.
+    """
     if "source_target_pairs" in instruction.attributes:
         return len(set(integers(instruction.attributes["source_target_pairs"])))
     groups = instruction.attributes.get("replica_groups", "{}")
     if groups.startswith("mesh"):
         axes, _, names = groups.partition("]")
+        names = names or instruction.attributes.get("device_ids", "")
         sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", axes)}
         parts = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", names)
         return math.prod(int(part) if part else sizes[name] for name, part in parts)

@@ -292,14 +292,7 @@ as in `python -m cnn_jax compile`.
 """
 
 _BELOW = """\
-What is behind those cells, by the compiled programs:
-
-- Kernels: the norm of the gradient, a reduction for each parameter; on TPUs most of the difference
-  is additions of two numbers.
-- Collectives, MB: our head is computed in float32, so its gradient crosses the links in float32;
-  those of all convolutions do so in bfloat16 in both steps.
-- Peak and MB on TPUs: the mirrored images, which are a pass of their own there, the head, and what
-  the compiler chooses to copy to on-chip memory.
+What is behind the numbers is in [performance.md](performance.md).
 
 How to read it:
 

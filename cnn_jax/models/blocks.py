@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from cnn_jax.models.batch_statistics import relu
 from cnn_jax.models.initialization import KAIMING
 from cnn_jax.models.layers import Activation, ConvBlock, ModuleFactory, at_least
 from cnn_jax.models.normalization import Norm, batch_norm, layer_norm
@@ -86,7 +87,7 @@ class Residual(nn.Module):
     anti_alias: bool = False
     conv: ModuleFactory = KAIMING.conv
     norm: Norm = batch_norm
-    act: Activation = nn.relu
+    act: Activation = relu
     dtype: Any = None
 
     @nn.nowrap
@@ -221,7 +222,7 @@ class InceptionBlock(nn.Module):
     use_bias: bool = False
     conv: ModuleFactory = KAIMING.conv
     norm: Norm = batch_norm
-    act: Activation = nn.relu
+    act: Activation = relu
     dtype: Any = None
 
     @nn.compact

@@ -5,6 +5,7 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from cnn_jax.models.initialization import TORCH, Initialization
@@ -21,6 +22,24 @@ def one_of(argument: str, value: str, allowed: Collection[str]) -> None:
 
 
 REMATS = ("none", "block", "stage")
+
+
+@jax.custom_jvp
+def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Returns `x @ kernel` in float32 at least; its derivatives have the dtype of x and kernel.
+
+    So the gradient of a bfloat16 kernel is made, and crosses links, in bfloat16, as those of
+    convolutions do.
+    """
+    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    return jnp.matmul(x, kernel, preferred_element_type=dtype)
+
+
+@product.defjvp
+def _product_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    (x, kernel), (x_dot, kernel_dot) = primals, tangents
+    y = product(x, kernel)
+    return y, (x_dot @ kernel + x @ kernel_dot).astype(y.dtype)
 
 
 class Head(nn.Module):
@@ -57,7 +76,7 @@ class Head(nn.Module):
         shape = (channels, self.num_classes)
         kernel = self.param("kernel", self.initialization.kernel, shape, jnp.float32)
         bias = self.param("bias", self.initialization.bias(channels), shape[1:], jnp.float32)
-        return pooled @ kernel + bias.reshape(1, -1)
+        return product(pooled.astype(x.dtype), kernel.astype(x.dtype)) + bias.reshape(1, -1)
 
 
 class Classifier(nn.Module):

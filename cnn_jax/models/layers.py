@@ -7,8 +7,9 @@ from typing import Any, TypeAlias
 import flax.linen as nn
 import jax
 
+from cnn_jax.models.batch_statistics import relu
 from cnn_jax.models.initialization import KAIMING
-from cnn_jax.models.normalization import Norm, batch_norm
+from cnn_jax.models.normalization import BatchNorm, Norm, batch_norm
 from cnn_jax.typing import FeatureMap
 
 ModuleFactory: TypeAlias = Callable[..., Any]
@@ -18,7 +19,7 @@ Size: TypeAlias = int | Sequence[int]
 """An extent in pixels: one number for both axes, or (height, width)."""
 
 Activation: TypeAlias = Callable[[Any], jax.Array]
-"""A function of each number, such as `nn.relu`."""
+"""A function of each number, such as `relu`."""
 
 
 def pair(size: Size) -> tuple[int, int]:
@@ -72,7 +73,7 @@ class ConvBlock(nn.Module):
     groups: int = 1
     conv: ModuleFactory = KAIMING.conv
     norm: Norm = batch_norm
-    act: Activation | None = nn.relu
+    act: Activation | None = relu
     dtype: Any = None
 
     @nn.compact
@@ -102,5 +103,10 @@ class ConvBlock(nn.Module):
                 f"kernel_size={self.kernel_size}, padding={self.padding}: must leave an output of "
                 "at least one pixel"
             )
-        x = self.norm(train=train, dtype=self.dtype, name="norm")(x)
+        norm = self.norm(train=train, dtype=self.dtype, name="norm")
+        if isinstance(norm, BatchNorm):
+            rectify = self.act is relu
+            x = norm(x, rectify=rectify)
+            return x if rectify or self.act is None else self.act(x)
+        x = norm(x)
         return x if self.act is None else self.act(x)

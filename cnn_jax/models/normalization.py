@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from cnn_jax.models.batch_statistics import normalize
 from cnn_jax.typing import Array, FeatureMap
 
 Norm: TypeAlias = Callable[..., Callable[..., Any]]
@@ -58,8 +59,8 @@ class BatchNorm(nn.Module):
     dtype: Any = None
 
     @nn.compact
-    def __call__(self, x: FeatureMap) -> FeatureMap:
-        """Returns x normalised.
+    def __call__(self, x: FeatureMap, *, rectify: bool = False) -> FeatureMap:
+        """Returns x normalised, through a ReLU if `rectify`, whose gradient is then cheaper.
 
         Raises ValueError for one value a channel where `unbiased` needs two, for a `group_size`
         that does not divide the batch, and for groups that do not divide into the rows.
@@ -70,28 +71,17 @@ class BatchNorm(nn.Module):
         running_mean: Any = self.variable("batch_stats", "mean", jnp.zeros, shape, jnp.float32)
         running_var: Any = self.variable("batch_stats", "var", jnp.ones, shape, jnp.float32)
 
-        def moments(x: Any) -> tuple[Any, Any]:
-            exact = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-            axes = tuple(range(x.ndim - 1))
-            mean = jnp.mean(exact, axes)
-            return mean, jnp.maximum(jnp.mean(jnp.square(exact), axes) - jnp.square(mean), 0)
+        dtype = self.dtype or jnp.promote_types(x.dtype, jnp.float32)
+        if not self.use_running_average:
 
-        def normalized(x: Any, mean: Any, var: Any) -> Any:
-            row = (1,) * (x.ndim - 1) + (-1,)
-            factor = jax.lax.rsqrt(var + self.epsilon) * scale
-            return (x - mean.reshape(row)) * factor.reshape(row) + bias.reshape(row)
+            def normalized(x: Any) -> Any:
+                return normalize(x, scale, bias, self.epsilon, rectify, dtype)
 
-        if self.use_running_average:
-            mean, var = running_mean.value, running_var.value
-            y = normalized(x, *(pooled(mean, var) if mean.ndim > 1 else (mean, var)))
-        else:
             if self.group_size is None:
-                mean, var = moments(x)
-                y = normalized(x, mean, var)
+                y, mean, var = normalized(x)
             else:
-                groups = self._groups(x)
-                mean, var = jax.vmap(moments)(groups)
-                y = jax.vmap(normalized)(groups, mean, var).reshape(x.shape)
+                y, mean, var = jax.vmap(normalized)(self._groups(x))
+                y = y.reshape(x.shape)
             if not self.is_initializing():
                 mean, var = self._by_row(mean, var, running_mean.value.shape)
                 kept_var = var
@@ -99,7 +89,15 @@ class BatchNorm(nn.Module):
                     kept_var = var * self._correction(x.size // running_mean.value.size)
                 running_mean.value = self._moved(running_mean.value, mean)
                 running_var.value = self._moved(running_var.value, kept_var)
-        return y.astype(self.dtype or y.dtype)
+            return y
+
+        mean, var = running_mean.value, running_var.value
+        if mean.ndim > 1:
+            mean, var = pooled(mean, var)
+        row = (1,) * (x.ndim - 1) + (-1,)
+        factor = jax.lax.rsqrt(var + self.epsilon) * scale
+        y = ((x - mean.reshape(row)) * factor.reshape(row) + bias.reshape(row)).astype(dtype)
+        return jnp.maximum(y, 0) if rectify else y
 
     @nn.nowrap
     def _groups(self, x: Any) -> Any:

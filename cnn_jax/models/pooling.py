@@ -3,14 +3,18 @@
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from cnn_jax.models.batch_statistics import anew
 from cnn_jax.models.layers import Size, pair
 from cnn_jax.typing import Array, FeatureMap
+
+Pair: TypeAlias = tuple[int, int]
+"""(height, width)."""
 
 
 def max_pool(
@@ -20,8 +24,60 @@ def max_pool(
 
     With `ceil_mode`, a last window that reaches over the edge is kept, as torch does.
     """
-    sides: Any = _sides(x, window, strides, padding, ceil_mode)
-    return nn.max_pool(x, pair(window), strides=pair(strides), padding=sides)
+    sides = _sides(x, window, strides, padding, ceil_mode)
+    return _max_pool(x, pair(window), pair(strides), tuple(sides))
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2, 3))
+def _max_pool(x: Array, window: Pair, strides: Pair, sides: tuple[Pair, Pair]) -> jax.Array:
+    """Returns the largest value of each window; its gradient goes to the first that reaches it.
+
+    XLA scatters the gradient into windows one by one. The rule below remembers which pixel of its
+    window was the largest, a byte for each output, and adds up what each place of a window sends
+    back.
+    """
+    padding: Any = sides
+    return nn.max_pool(x, window, strides=strides, padding=padding)
+
+
+@_max_pool.defjvp
+def _max_pool_jvp(
+    window: Pair, strides: Pair, sides: tuple[Pair, Pair], primals: Any, tangents: Any
+) -> tuple[jax.Array, jax.Array]:
+    (x,), (tangent,) = primals, tangents
+    views = _places(x, window, strides, sides, fill=-jnp.inf)
+    number_dtype = jnp.int8 if len(views) <= jnp.iinfo(jnp.int8).max else jnp.int32
+    largest, place = views[0], jnp.zeros(views[0].shape, number_dtype)
+    for number, view in enumerate(views[1:], start=1):
+        place = jnp.where(view > largest, jnp.asarray(number, number_dtype), place)
+        largest = jnp.maximum(largest, view)
+    largest, place = anew(largest, place)
+    tangents = _places(tangent, window, strides, sides, fill=0.0)
+    chosen = [jnp.where(place == number, view, 0) for number, view in enumerate(tangents)]
+    return largest, functools.reduce(jax.lax.add, chosen)
+
+
+def _places(
+    x: Array, window: Pair, strides: Pair, sides: tuple[Pair, Pair], *, fill: float
+) -> list[jax.Array]:
+    """Returns for each place in a window, row by row, the pixels that stand there, [b h' w' c]."""
+    padded = jnp.pad(x, ((0, 0), *sides, (0, 0)), constant_values=fill)
+    steps = [(padded.shape[1 + i] - window[i]) // strides[i] for i in (0, 1)]
+    return [
+        jax.lax.slice(
+            padded,
+            (0, row, column, 0),
+            (
+                x.shape[0],
+                row + steps[0] * strides[0] + 1,
+                column + steps[1] * strides[1] + 1,
+                x.shape[3],
+            ),
+            (1, *strides, 1),
+        )
+        for row in range(window[0])
+        for column in range(window[1])
+    ]
 
 
 def average_pool(

@@ -11,7 +11,7 @@ from cnn_jax.training.accumulation import accumulate
 from cnn_jax.training.augment import Augment, example_keys
 from cnn_jax.training.freezing import Frozen, frozen_statistics, stop_gradients
 from cnn_jax.training.losses import Loss, cross_entropy
-from cnn_jax.training.metrics import metric_sums
+from cnn_jax.training.metrics import global_norm, metric_sums
 from cnn_jax.training.state import TrainState
 from cnn_jax.typing import Batch, FeatureMap, Images, Metrics, PerClass
 
@@ -81,7 +81,7 @@ def make_train_step(
             batch_stats=batch_stats,
             opt_state=opt_state,
         )
-        grad_norm = optax.tree.norm(grads)
+        grad_norm = global_norm(grads)
         finite = jnp.isfinite(sums["loss"]) & jnp.isfinite(grad_norm)
         return new_state, {**sums, "grad_norm": grad_norm, "finite": finite}
 

@@ -11,6 +11,7 @@ import pytest
 
 from cnn_jax import ConvBlock
 from cnn_jax.models import normalization, pooling
+from cnn_jax.models.classifier import product
 
 
 @pytest.mark.parametrize(
@@ -229,3 +230,19 @@ def test_group_norm_takes_groups_of_16_or_the_next_power_of_two(channels, group_
     ones, zeros = np.ones(channels), np.zeros(channels)
     expected = oracles.group_norm(images, ones, zeros, num_groups=channels // group_size)
     np.testing.assert_allclose(output, expected, atol=1e-5)
+
+
+def test_the_head_multiplies_in_the_dtype_of_its_maps_and_adds_up_in_float32():
+    """So the gradient of its kernel crosses links in that dtype."""
+    rng = np.random.default_rng(0)
+    x, kernel = rng.normal(size=(4, 64)), rng.normal(size=(64, 8))
+    x, kernel = (jnp.asarray(each, jnp.bfloat16) for each in (x, kernel))
+    logits, pull_back = jax.vjp(product, x, kernel)
+    exact = [np.asarray(each, np.float64) for each in (x, kernel)]
+    assert logits.dtype == jnp.float32
+    np.testing.assert_allclose(logits, exact[0] @ exact[1], rtol=1e-5, atol=1e-5)
+    of_x, of_kernel = pull_back(jnp.ones_like(logits))
+    assert (of_x.dtype, of_kernel.dtype) == (jnp.bfloat16, jnp.bfloat16)
+    np.testing.assert_allclose(
+        np.asarray(of_kernel, np.float64)[:, 0], exact[0].sum(0), rtol=1e-2, atol=1e-2
+    )

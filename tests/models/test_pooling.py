@@ -129,3 +129,53 @@ def test_the_gradient_of_a_maximum_survives_a_compiler_that_computes_twice():
 def test_global_pools_keep_float32(name):
     images = jnp.asarray(IMAGES, jnp.bfloat16)
     assert pooling.POOLS[name](images).dtype == jnp.float32
+
+
+def gradient_of_max_pool(x, cotangent, window, strides, before):
+    """Each cotangent goes to the first of the largest pixels in its window, row by row."""
+    result = np.zeros_like(x)
+    for image, row, column, channel in np.ndindex(cotangent.shape):
+        places = [
+            (image, row * strides[0] - before + i, column * strides[1] - before + j, channel)
+            for i, j in np.ndindex(*window)
+        ]
+        inside = [
+            place for place in places if 0 <= place[1] < x.shape[1] and 0 <= place[2] < x.shape[2]
+        ]
+        largest = max(inside, key=lambda place: x[place])  # the first of equal ones
+        result[largest] += cotangent[image, row, column, channel]
+    return result
+
+
+@pytest.mark.parametrize(
+    ("window", "strides", "padding", "ceil_mode"),
+    [((3, 3), (2, 2), 1, False), ((2, 3), (1, 2), 0, True), ((3, 3), (1, 1), 1, False)],
+)
+def test_the_gradient_of_max_pool_goes_to_the_first_maximum(window, strides, padding, ceil_mode):
+    x = RNG.integers(4, size=(2, 7, 6, 3)).astype(np.float64)  # many equal pixels
+    with jax.enable_x64(True):
+        pool = functools.partial(
+            pooling.max_pool, window=window, strides=strides, padding=padding, ceil_mode=ceil_mode
+        )
+        pooled, pull_back = jax.vjp(pool, jnp.asarray(x))
+        cotangent = RNG.normal(size=pooled.shape)
+        (gradient,) = pull_back(jnp.asarray(cotangent))
+        tangent = jax.jvp(pool, (jnp.asarray(x),), (jnp.asarray(x),))[1]
+    expected = gradient_of_max_pool(x, cotangent, window, strides, padding)
+    np.testing.assert_allclose(gradient, expected, rtol=1e-12, atol=1e-12)
+    np.testing.assert_array_equal(tangent, pooled)  # of a function that is linear along x
+    np.testing.assert_array_equal(pooled, pool(x))
+
+
+def test_a_window_of_more_pixels_than_a_byte_counts():
+    x = np.zeros((1, 12, 12, 1), np.float32)
+    x[0, 11, 11] = 1
+    gradient = jax.grad(lambda x: jnp.sum(pooling.max_pool(x, window=12, strides=1)))(x)
+    np.testing.assert_array_equal(gradient, x)
+
+
+def test_the_gradient_of_max_pool_scatters_nothing():
+    def loss(x):
+        return jnp.sum(pooling.max_pool(x, window=3, strides=2, padding=1))
+
+    assert "select_and_scatter" not in jax.jit(jax.grad(loss)).lower(IMAGES).as_text()

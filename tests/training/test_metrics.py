@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cnn_jax.training.metrics import mean, metric_sums
+from cnn_jax.training.metrics import global_norm, mean, metric_sums
 
 
 def sums_of(logits, labels, losses, mask):
@@ -46,3 +46,14 @@ def test_the_mean_over_uneven_batches_is_the_mean_over_all_examples():
     np.testing.assert_allclose(means["loss"], losses.mean(dtype=np.float64), rtol=1e-6)
     np.testing.assert_allclose(means["accuracy"], np.mean(logits.argmax(axis=1) == labels))
     assert abs(means["loss"] - np.mean([batch[2].mean() for batch in batches])) > 1e-3
+
+
+def test_the_global_norm_is_that_of_all_numbers_in_float32():
+    rng = np.random.default_rng(0)
+    shapes = [(3, 3, 4, 5), (7, 5), (5,), ()]
+    tree = {str(shape): rng.normal(size=shape).astype(np.float32) for shape in shapes}
+    flat = np.concatenate([leaf.ravel() for leaf in tree.values()]).astype(np.float64)
+    norm = jax.jit(global_norm)(tree)
+    np.testing.assert_allclose(norm, np.sqrt(np.sum(flat**2)), rtol=1e-6)
+    halves = {"a": jnp.full((4096,), 1.0, jnp.bfloat16)}
+    assert global_norm(halves) == 64

@@ -1,0 +1,152 @@
+"""Normalising by the statistics of a batch, with a gradient that moves as few bytes as it can.
+
+A network with BatchNorm is bound by memory: what counts is how often the activations are read and
+written. JAX's own derivative of the formula leaves it to the compiler to find that a gradient needs
+two sums, which one pass over activation and cotangent gives, and then one more pass.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from cnn_jax.typing import Array
+
+Normalized = tuple[jax.Array, jax.Array, jax.Array]
+
+
+def normalize(
+    x: Array, scale: Array, bias: Array, epsilon: float, rectify: bool, dtype: Any
+) -> Normalized:
+    """Returns `(x - mean) / sqrt(var + epsilon) * scale + bias`, and mean and var, by channel.
+
+    Mean and biased variance are those of x, computed in float32 at least; the variance is
+    `E[x**2] - E[x]**2`, one pass over the memory. With `rectify`, what is negative becomes 0. The
+    first of the three has the `dtype` given, the others that of the computation.
+
+    Differentiable in reverse mode only, as the rule is one of JAX's `custom_vjp`.
+    """
+    found: Any = _normalize(x, scale, bias, epsilon, rectify, dtype)
+    return found
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def _normalize(
+    x: Any, scale: Any, bias: Any, epsilon: float, rectify: bool, dtype: Any
+) -> Normalized:
+    return _forward(x, scale, bias, epsilon, rectify, dtype)[0]
+
+
+def _forward(
+    x: Any, scale: Any, bias: Any, epsilon: float, rectify: bool, dtype: Any
+) -> tuple[Normalized, tuple[Any, ...]]:
+    exact = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    count = x.size // x.shape[-1]
+    mean, square = (each / count for each in _sums(exact, jnp.square(exact)))
+    var = jnp.maximum(square - jnp.square(mean), 0)
+    y = _affine(x, mean, lax.rsqrt(var + epsilon) * scale, bias).astype(dtype)
+    y = jnp.maximum(y, 0) if rectify else y
+    return (y, mean, var), (x, scale, bias, mean, var)
+
+
+def _backward(
+    epsilon: float, rectify: bool, dtype: Any, saved: tuple[Any, ...], cotangents: Normalized
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    x, scale, bias, mean, var = saved
+    y_bar, mean_bar, var_bar = cotangents
+    count = x.size // x.shape[-1]
+    inverse = lax.rsqrt(var + epsilon)
+    factor = inverse * scale
+
+    def of_affine(x: Any, y_bar: Any) -> Any:
+        """Returns the cotangent of `_affine`, which passed where it was positive."""
+        if rectify:
+            positive = _affine(x, mean, factor, bias).astype(dtype) > 0
+            y_bar = jnp.where(positive, y_bar, jnp.zeros_like(y_bar))
+        return y_bar.astype(mean.dtype)
+
+    affine_bar = of_affine(x, y_bar)
+    bias_bar, scale_bar = _sums(affine_bar, affine_bar * _centred(x, mean))
+    x, y_bar, bias_bar, scale_bar = anew(x, y_bar, bias_bar, scale_bar)
+    along = (2 * var_bar - factor * jnp.square(inverse) * scale_bar) / count
+    level = (mean_bar - factor * bias_bar) / count
+    x_bar = (
+        _row(factor, x) * of_affine(x, y_bar) + _row(along, x) * _centred(x, mean) + _row(level, x)
+    )
+    return (
+        x_bar.astype(x.dtype),
+        (scale_bar * inverse).astype(scale.dtype),
+        bias_bar.astype(bias.dtype),
+    )
+
+
+_normalize.defvjp(_forward, _backward)
+
+
+def _row(by_channel: Any, x: Any) -> Any:
+    return by_channel.reshape((1,) * (x.ndim - 1) + (-1,))
+
+
+def _centred(x: Any, mean: Any) -> Any:
+    return x.astype(mean.dtype) - _row(mean, x)
+
+
+def _affine(x: Any, mean: Any, factor: Any, bias: Any) -> Any:
+    return _centred(x, mean) * _row(factor, x) + _row(bias, x)
+
+
+def _sums(a: Array, b: Array) -> tuple[jax.Array, jax.Array]:
+    """Returns the sums of both by channel.
+
+    For a GPU one reduction takes both over the pixels of each image: XLA would keep apart what it
+    could fuse into that. Over the images they are two, as one that crosses devices would gather.
+    """
+    pixels = tuple(range(1, a.ndim - 1))
+
+    def together(a: Array, b: Array) -> Any:
+        zero = jnp.zeros((), a.dtype)
+        of_images = lax.reduce((a, b), (zero, zero), _add_each, pixels) if pixels else (a, b)
+        return jnp.sum(of_images[0], 0), jnp.sum(of_images[1], 0)
+
+    def apart(a: Array, b: Array) -> Any:
+        return jnp.sum(a, (0, *pixels)), jnp.sum(b, (0, *pixels))
+
+    return lax.platform_dependent(a, b, cuda=together, default=apart)
+
+
+def _add_each(a: Any, b: Any) -> Any:
+    return a[0] + b[0], a[1] + b[1]
+
+
+def anew(*arrays: Array) -> tuple[Any, ...]:
+    """Returns the arrays; a compiler for a GPU makes what comes of them again, not keeping it."""
+
+    def barrier(*arrays: Array) -> Any:
+        return lax.optimization_barrier(arrays)
+
+    return lax.platform_dependent(*arrays, cuda=barrier, default=lambda *arrays: arrays)
+
+
+@jax.custom_vjp
+def relu(x: Array) -> jax.Array:
+    """Returns `max(x, 0)`; its gradient, 0 at 0, reads the output that the next layer needs too.
+
+    `nn.relu`'s reads the input, which a compiler then keeps, or makes again from all that it was
+    the sum of.
+    """
+    return jnp.maximum(x, 0)
+
+
+def _relu_forward(x: Array) -> tuple[jax.Array, jax.Array]:
+    y = jnp.maximum(x, 0)
+    return y, y
+
+
+def _relu_backward(y: jax.Array, y_bar: jax.Array) -> tuple[jax.Array]:
+    y, y_bar = anew(y, y_bar)
+    return (jnp.where(y > 0, y_bar, jnp.zeros_like(y_bar)),)
+
+
+relu.defvjp(_relu_forward, _relu_backward)

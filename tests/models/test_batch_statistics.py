@@ -1,0 +1,76 @@
+"""Normalising by a batch's statistics: values and gradients against float64 NumPy and JAX."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cnn_jax.models.batch_statistics import normalize, relu
+
+EPSILON = 1e-5
+
+
+def formula(x, scale, bias, rectify):
+    """As it is written in a book, for JAX to derive."""
+    axes = tuple(range(x.ndim - 1))
+    mean, var = x.mean(axes, keepdims=True), x.var(axes, keepdims=True)
+    row = mean.shape
+    y = (x - mean) / jnp.sqrt(var + EPSILON) * scale.reshape(row) + bias.reshape(row)
+    return jnp.where(y > 0, y, 0) if rectify else y, mean.ravel(), var.ravel()
+
+
+def ours(x, scale, bias, rectify):
+    return normalize(x, scale, bias, EPSILON, rectify, x.dtype)
+
+
+@pytest.mark.parametrize("rectify", [False, True])
+@pytest.mark.parametrize("shape", [(4, 5, 3, 6), (8, 6)])
+def test_values_and_gradients_are_those_of_the_formula(shape, rectify):
+    """The gradients that come in through mean and variance too."""
+    rng = np.random.default_rng(0)
+    arguments = [rng.normal(size=size) for size in (shape, shape[-1:], shape[-1:])]
+    cotangents = [rng.normal(size=size) for size in (shape, shape[-1:], shape[-1:])]
+    with jax.enable_x64(True):
+        arguments, cotangents = jax.tree.map(jnp.asarray, (arguments, tuple(cotangents)))
+        values, pull_back = jax.vjp(functools.partial(ours, rectify=rectify), *arguments)
+        expected, pull_back_formula = jax.vjp(
+            functools.partial(formula, rectify=rectify), *arguments
+        )
+        gradients = pull_back(cotangents), pull_back_formula(cotangents)
+    for found, wanted in [*zip(values, expected, strict=True), *zip(*gradients, strict=True)]:
+        np.testing.assert_allclose(found, wanted, rtol=1e-9, atol=1e-11)
+
+
+def test_second_derivatives_are_those_of_the_formula():
+    rng = np.random.default_rng(1)
+    x, direction = rng.normal(size=(2, 5, 3))
+    with jax.enable_x64(True):
+        curvatures = [
+            jax.jvp(
+                jax.grad(lambda x, of=of: jnp.sum(of(x, 1 + x[0], x[1], False)[0] ** 3)),
+                (jnp.asarray(x),),
+                (jnp.asarray(direction),),
+            )[1]
+            for of in (ours, formula)
+        ]
+    np.testing.assert_allclose(*curvatures, rtol=1e-8, atol=1e-9)
+
+
+def test_relu_and_its_gradient():
+    x = jnp.asarray([-2.0, -0.0, 0.0, 3.0])
+    y, pull_back = jax.vjp(relu, x)
+    assert y.tolist() == [0, 0, 0, 3]
+    assert pull_back(jnp.asarray([5.0, 6.0, 7.0, 8.0]))[0].tolist() == [0, 0, 0, 8]
+
+
+@pytest.mark.parametrize(("platform", "barriers"), [("cuda", 1), ("tpu", 0), ("cpu", 0)])
+def test_only_a_gpu_is_asked_to_compute_again_what_it_could_keep(platform, barriers):
+    def loss(x, scale, bias):
+        return jnp.sum(ours(x, scale, bias, True)[0])
+
+    shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((4, 5, 3, 6), (6,), (6,))]
+    traced = jax.jit(jax.grad(loss)).trace(*shapes)
+    text = traced.lower(lowering_platforms=(platform,)).as_text()
+    assert text.count("stablehlo.optimization_barrier") == barriers

@@ -29,7 +29,9 @@ from cnn_jax.models.classifier import REMATS
 from cnn_jax.models.normalization import BATCH_NORMS, NORMS
 from cnn_jax.models.torch_weights import WeightsError
 from cnn_jax.training.freezing import train_only
+from cnn_jax.training.losses import LOSSES
 from cnn_jax.training.optim import OPTIMIZERS, SCHEDULES
+from cnn_jax.training.random_operations import STRONGEST
 
 
 class ConfigError(UserError):
@@ -123,6 +125,16 @@ class DataConfig:
 class AugmentConfig:
     crop_padding: AtLeastZero
     flip: bool
+    alternate_flips: bool
+    random_operations: AtLeastZero
+    magnitude: Annotated[int, Bound(">=", 0), Bound("<=", STRONGEST)]
+    brightness: NotNegative
+    contrast: NotNegative
+    saturation: NotNegative
+    hue: Annotated[float, Bound(">=", 0), Bound("<=", 0.5)]
+    erase_probability: Fraction
+    mixup_alpha: NotNegative
+    cutmix_alpha: NotNegative
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,6 +147,8 @@ class OptimizerConfig:
     b2: BelowOne
     eps: Positive
     weight_decay: NotNegative
+    clip_norm: NotNegative
+    clip_ratio: NotNegative
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,11 +156,20 @@ class ScheduleConfig:
     name: Annotated[str, OneOf(SCHEDULES)]
     warmup_epochs: NotNegative
     end_factor: Fraction
+    milestones: tuple[Positive, ...]
+    step_factor: Annotated[float, Bound(">", 0), Bound("<=", 1)]
 
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
+    name: Annotated[str, OneOf(LOSSES)]
     label_smoothing: BelowOne
+    threshold: BelowOne
+
+
+@dataclasses.dataclass(frozen=True)
+class EmaConfig:
+    decay: BelowOne
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,6 +194,7 @@ class MeshConfig:
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
     batch_size: AtLeastOne
+    average_flips: bool
     every_steps: AtLeastZero
 
 
@@ -205,6 +229,7 @@ class Config:
     schedule: ScheduleConfig
     loss: LossConfig
     batch_norm: BatchNormConfig
+    ema: EmaConfig
     mesh: MeshConfig
     eval: EvalConfig
     checkpoint: CheckpointConfig
@@ -416,6 +441,46 @@ def _warmup_ends(warmup_epochs: float, num_epochs: int) -> Iterator[str]:
         yield f"schedule.warmup_epochs = {warmup_epochs}: must be <= {num_epochs}, num_epochs"
 
 
+def _falls_in_order(
+    name: str, milestones: Sequence[float], warmup_epochs: float, num_epochs: int
+) -> Iterator[str]:
+    ends = (warmup_epochs, *milestones, num_epochs)
+    if name == "step" and not milestones:
+        yield "schedule.milestones = (): schedule.name = 'step' needs the epochs of its steps"
+    elif name != "step" and milestones:
+        yield f"schedule.milestones = {milestones}: only with schedule.name = 'step'"
+    elif milestones and any(a >= b for a, b in itertools.pairwise(ends)):
+        yield (
+            f"schedule.milestones = {milestones}: must rise between {warmup_epochs}, "
+            f"schedule.warmup_epochs, and {num_epochs}, num_epochs"
+        )
+
+
+def _flips_one_way(flip: bool, alternate_flips: bool) -> Iterator[str]:
+    if flip and alternate_flips:
+        yield "augment.flip, augment.alternate_flips: only one of them can be true"
+
+
+def _colors_need_one_channel_or_three(operations: int, *jitters_and_dataset: Any) -> Iterator[str]:
+    *jitters, dataset = jitters_and_dataset
+    channels = dataset.image_shape[-1]
+    if channels not in (1, 3) and (operations or any(jitters)):
+        yield f"augment: changes of colour and RandAugment need 1 or 3 channels, not {channels}"
+
+
+def _clips_one_way(clip_norm: float, clip_ratio: float) -> Iterator[str]:
+    if clip_norm and clip_ratio:
+        yield (
+            f"optimizer.clip_norm = {clip_norm}, optimizer.clip_ratio = {clip_ratio}: "
+            "only one of them can be other than 0"
+        )
+
+
+def _threshold_of_binary(threshold: float, name: str) -> Iterator[str]:
+    if threshold and name != "binary_cross_entropy":
+        yield f"loss.threshold = {threshold}: only with loss.name = 'binary_cross_entropy'"
+
+
 def _model_takes_images(
     name: str, arguments: Mapping[str, Any], dataset: DatasetInfo
 ) -> Iterator[str]:
@@ -496,6 +561,24 @@ _RULES: Sequence[tuple[Sequence[str], Callable[..., Iterable[str]]]] = (
     (("data.std", "dataset"), partial(_one_for_each_channel, "data.std")),
     (("augment.crop_padding", "dataset"), _crop_is_smaller_than_image),
     (("schedule.warmup_epochs", "num_epochs"), _warmup_ends),
+    (
+        ("schedule.name", "schedule.milestones", "schedule.warmup_epochs", "num_epochs"),
+        _falls_in_order,
+    ),
+    (("augment.flip", "augment.alternate_flips"), _flips_one_way),
+    (
+        (
+            "augment.random_operations",
+            "augment.brightness",
+            "augment.contrast",
+            "augment.saturation",
+            "augment.hue",
+            "dataset",
+        ),
+        _colors_need_one_channel_or_three,
+    ),
+    (("optimizer.clip_norm", "optimizer.clip_ratio"), _clips_one_way),
+    (("loss.threshold", "loss.name"), _threshold_of_binary),
     (("model.name", "model.arguments", "dataset"), _model_takes_images),
     (("train_only", "model.name", "model.arguments", "dataset"), _patterns_name_parameters),
     (("init_ignore", "init_from"), _ignored_of_a_file),

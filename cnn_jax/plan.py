@@ -23,9 +23,12 @@ from cnn_jax.runtime.compiler import CompilerSettings, compiler_settings
 from cnn_jax.runtime.executables import conditions
 from cnn_jax.runtime.platform import describe_devices
 from cnn_jax.runtime.sharding import batch_sharding, make_mesh, replicated, shard_rows, shard_state
-from cnn_jax.training.augment import make_augment, normalize
+from cnn_jax.training.augment import Augment, make_augment, normalize
+from cnn_jax.training.averaging import moving_average
+from cnn_jax.training.flip_averaging import FlipAveraged
 from cnn_jax.training.freezing import freeze_updates, train_only
-from cnn_jax.training.losses import cross_entropy
+from cnn_jax.training.losses import Loss, binary_cross_entropy, cross_entropy
+from cnn_jax.training.mixing import Mix, make_mix
 from cnn_jax.training.optim import make_optimizer, make_schedule
 from cnn_jax.training.state import TrainState, init_state
 from cnn_jax.training.statistics import pool_statistics, spread_statistics
@@ -83,8 +86,9 @@ class Plan:
 
         def make(weights: Any) -> TrainState:
             key = jax.random.fold_in(jax.random.key(self.config.seed), 0)
-            state = init_state(self.model, self.tx, self._image(), key, weights=weights)
-            return dataclasses.replace(state, batch_stats=self.spread(state.batch_stats))
+            ema = self.config.ema.decay > 0
+            state = init_state(self.model, self.tx, self._image(), key, weights=weights, ema=ema)
+            return state.map_statistics(self.spread)
 
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.state)
         return jax.jit(make, out_shardings=shardings)(self._weights())
@@ -157,6 +161,11 @@ class Plan:
         """Returns how many epochs have passed after `step` steps."""
         return step * self.config.batch_size / self.train_examples
 
+    @property
+    def best_by(self) -> str:
+        """Returns the metric by which a checkpoint is the best: of the averages, if there are."""
+        return "test/accuracy_ema" if self.config.ema.decay else "test/accuracy"
+
     def evaluates_after(self, step: int) -> bool:
         """Returns whether the test split is evaluated when `step` steps are done."""
         every = self.config.eval.every_steps
@@ -185,6 +194,7 @@ class Plan:
             **_choices_line(config),
             "optimizer": f"{config.optimizer.name}, learning rate {config.optimizer.learning_rate} "
             f"({config.schedule.name}, {config.schedule.warmup_epochs:g} epochs of warm-up)",
+            **_recipe(config),
             "steps": f"{self.total_steps:,} of {config.batch_size} images: "
             f"{config.num_epochs} epochs, seed {config.seed}",
         }
@@ -266,10 +276,66 @@ def _as_they_are(batch_stats: Any) -> Any:
     return batch_stats
 
 
+def _recipe(config: Config) -> dict[str, str]:
+    """Returns what regularises the run, beside crops and flips, if anything."""
+    augment = config.augment
+    said = {
+        "RandAugment": augment.random_operations,
+        "colour jitter": any(
+            (augment.brightness, augment.contrast, augment.saturation, augment.hue)
+        ),
+        "random erasing": augment.erase_probability,
+        "mixup": augment.mixup_alpha,
+        "cutmix": augment.cutmix_alpha,
+        f"averaged weights (decay {config.ema.decay})": config.ema.decay,
+    }
+    names = [name for name, on in said.items() if on]
+    return {"recipe": ", ".join(names)} if names else {}
+
+
 def _own_device(mesh: Mesh) -> Any:
     """Returns a device of this process, or None: for another's it cannot compile what it tries."""
     devices = mesh.devices.flat
     return next((each for each in devices if each.process_index == jax.process_index()), None)
+
+
+def _loss(config: Config) -> Loss:
+    loss = config.loss
+    if loss.name == "cross_entropy":
+        return functools.partial(cross_entropy, label_smoothing=loss.label_smoothing)
+    return functools.partial(
+        binary_cross_entropy,
+        label_smoothing=loss.label_smoothing,
+        threshold=loss.threshold or None,
+    )
+
+
+def _augment(config: Config) -> Augment:
+    augment = config.augment
+    return make_augment(
+        crop_padding=augment.crop_padding,
+        flip=augment.flip,
+        alternate_flips=augment.alternate_flips,
+        random_operations=augment.random_operations,
+        magnitude=augment.magnitude,
+        brightness=augment.brightness,
+        contrast=augment.contrast,
+        saturation=augment.saturation,
+        hue=augment.hue,
+    )
+
+
+def _mix(config: Config, num_classes: int) -> Mix | None:
+    """Returns what changes normalised images; None without, and labels stay labels."""
+    augment = config.augment
+    if not (augment.erase_probability or augment.mixup_alpha or augment.cutmix_alpha):
+        return None
+    return make_mix(
+        num_classes=num_classes,
+        erase_probability=augment.erase_probability,
+        mixup_alpha=augment.mixup_alpha,
+        cutmix_alpha=augment.cutmix_alpha,
+    )
 
 
 def make_model(config: Config, *, batch_norm_group_size: int | None = None) -> Any:
@@ -294,6 +360,10 @@ def make_plan(config: Config, *, devices: Sequence[Any] | None = None) -> Plan:
     total_steps = steps_at_epoch_end(
         config.num_epochs, num_examples=train_examples, batch_size=config.batch_size
     )
+
+    def steps_of(epochs: float) -> int:
+        return round(epochs * train_examples / config.batch_size)
+
     dtype = jnp.dtype(config.precision)
     mesh = make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp, devices=devices)
     micro_batch = config.batch_size // config.accumulate_steps
@@ -303,8 +373,10 @@ def make_plan(config: Config, *, devices: Sequence[Any] | None = None) -> Plan:
         config.schedule.name,
         peak=config.optimizer.learning_rate,
         total_steps=total_steps,
-        warmup_steps=round(config.schedule.warmup_epochs * train_examples / config.batch_size),
+        warmup_steps=steps_of(config.schedule.warmup_epochs),
         end_factor=config.schedule.end_factor,
+        milestones=tuple(map(steps_of, config.schedule.milestones)),
+        step_factor=config.schedule.step_factor,
     )
     optimizer = config.optimizer
     tx = make_optimizer(
@@ -316,6 +388,8 @@ def make_plan(config: Config, *, devices: Sequence[Any] | None = None) -> Plan:
         b2=optimizer.b2,
         eps=optimizer.eps,
         weight_decay=optimizer.weight_decay,
+        clip_norm=optimizer.clip_norm,
+        clip_ratio=optimizer.clip_ratio,
     )
     prepare = functools.partial(normalize, mean=config.data.mean, std=config.data.std, dtype=dtype)
     image = jax.ShapeDtypeStruct((1, *dataset.image_shape), jnp.float32)
@@ -326,13 +400,18 @@ def make_plan(config: Config, *, devices: Sequence[Any] | None = None) -> Plan:
         )
         frozen = train_only(config.train_only, variables["params"])
         tx = freeze_updates(tx, frozen)
-    state = jax.eval_shape(lambda image: init_state(model, tx, image, jax.random.key(0)), image)
+    decay = config.ema.decay
+    state = jax.eval_shape(
+        lambda image: init_state(model, tx, image, jax.random.key(0), ema=decay > 0), image
+    )
     sharded = shard_state(mesh, state)
     spread: Callable[[Any], Any] = _as_they_are
     if group_size and mesh.size > 1 and micro_batch // mesh.size % group_size == 0:
         spread = functools.partial(spread_statistics, rows=mesh.size, frozen=frozen)
-        rows = jax.eval_shape(spread, state.batch_stats)
-        sharded = dataclasses.replace(sharded, batch_stats=shard_rows(mesh, rows))
+        sharded = sharded.map_statistics(
+            lambda each: shard_rows(mesh, jax.eval_shape(spread, each))
+        )
+    evaluated = FlipAveraged(model) if config.eval.average_flips else model
     return Plan(
         config=config,
         dataset=dataset,
@@ -347,16 +426,16 @@ def make_plan(config: Config, *, devices: Sequence[Any] | None = None) -> Plan:
         train_step=make_train_step(
             model,
             tx,
-            loss=functools.partial(cross_entropy, label_smoothing=config.loss.label_smoothing),
+            loss=_loss(config),
             normalize=prepare,
-            augment=make_augment(
-                crop_padding=config.augment.crop_padding, flip=config.augment.flip
-            ),
+            augment=_augment(config),
+            mix=_mix(config, dataset.num_classes),
+            average=moving_average(decay) if decay else lambda state: state,
             frozen=frozen,
             accumulate_steps=config.accumulate_steps,
         ),
-        eval_step=make_eval_step(model, normalize=prepare),
-        predict_step=make_predict_step(model, normalize=prepare),
+        eval_step=make_eval_step(evaluated, normalize=prepare),
+        predict_step=make_predict_step(evaluated, normalize=prepare),
         spread=spread,
         state=sharded,
     )

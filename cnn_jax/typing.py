@@ -20,6 +20,9 @@ FeatureMap: TypeAlias = Float[Array, "b _ _ _"]
 Logits: TypeAlias = Float[Array, "b k"]
 PerClass: TypeAlias = Float[Array, "b k"]
 Labels: TypeAlias = Int[Array, " b"]
+Targets: TypeAlias = Labels | PerClass
+"""A class for each example, or the share of every class where images are mixed."""
+
 PerExample: TypeAlias = Float[Array, " b"]
 
 Batch: TypeAlias = Mapping[str, Array]

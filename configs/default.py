@@ -52,24 +52,43 @@ def get_config() -> Any:  # a ConfigDict, whose attributes a type checker cannot
     config.augment = ConfigDict(type_safe=False)
     config.augment.crop_padding = 2  # pixels of random shift each way; 0: none
     config.augment.flip = True  # mirror half of the images left to right
+    config.augment.alternate_flips = False  # instead: mirror each image in every other epoch
+    config.augment.random_operations = 0  # RandAugment: operations on an image; 0: none
+    config.augment.magnitude = 9  # RandAugment: strength of an operation, 0 to 30
+    config.augment.brightness = 0.0  # times a factor of up to 1 -+ this; likewise the next two
+    config.augment.contrast = 0.0  # of the distance from the mean grey
+    config.augment.saturation = 0.0  # of the distance from the greys
+    config.augment.hue = 0.0  # share of the colour circle that hues move by at most, up to 0.5
+    config.augment.erase_probability = 0.0  # share of images that lose a rectangle
+    config.augment.mixup_alpha = 0.0  # mixup with shares of a Beta(alpha, alpha); 0: none
+    config.augment.cutmix_alpha = 0.0  # cutmix likewise; with both, half of the images each
 
     config.optimizer = ConfigDict(type_safe=False)
-    config.optimizer.name = "sgd"  # sgd or adamw
+    config.optimizer.name = "sgd"  # sgd, adamw, lars, lamb or muon
     config.optimizer.learning_rate = 0.1  # the highest of the schedule
-    config.optimizer.momentum = 0.9  # sgd: share of the last update that is kept
-    config.optimizer.nesterov = True  # sgd: look ahead along the momentum
-    config.optimizer.b1 = 0.9  # adamw: decay of the mean gradient, a step
-    config.optimizer.b2 = 0.999  # adamw: decay of the mean squared gradient, a step
-    config.optimizer.eps = 1e-8  # adamw: added to the root of the mean squared gradient
+    config.optimizer.momentum = 0.9  # sgd, lars, muon: share of the last update kept
+    config.optimizer.nesterov = True  # sgd, lars, muon: look ahead along the momentum
+    config.optimizer.b1 = 0.9  # adamw, lamb, muon: decay of the mean gradient, a step
+    config.optimizer.b2 = 0.999  # likewise of the mean squared gradient
+    config.optimizer.eps = 1e-8  # likewise: added to the root of the mean squared gradient
     config.optimizer.weight_decay = 5e-4  # of kernels only; sgd: added to the gradient, as in torch
+    config.optimizer.clip_norm = 0.0  # largest norm of the gradient, scaled down to it; 0: any
+    config.optimizer.clip_ratio = 0.0  # largest norm as a share of the weights', by unit; 0: any
 
     config.schedule = ConfigDict(type_safe=False)
-    config.schedule.name = "cosine"  # cosine or constant, after the warm-up
-    config.schedule.warmup_epochs = 1.0  # epochs of linear rise from 0; fractions will do
-    config.schedule.end_factor = 0.0  # cosine: last learning rate as a share of the highest
+    config.schedule.name = "cosine"  # cosine, linear, step, one_cycle or constant
+    config.schedule.warmup_epochs = 1.0  # epochs of rise from 0; fractions will do
+    config.schedule.end_factor = 0.0  # the last learning rate as a share of the highest
+    config.schedule.milestones = ()  # step: epochs at which the learning rate falls
+    config.schedule.step_factor = 0.1  # step: what it is multiplied by at each
 
     config.loss = ConfigDict(type_safe=False)
+    config.loss.name = "cross_entropy"  # or binary_cross_entropy, of each class by itself
     config.loss.label_smoothing = 0.0  # share of the label that is spread over all classes
+    config.loss.threshold = 0.0  # binary: a class with a larger share is wanted whole; 0: as it is
+
+    config.ema = ConfigDict(type_safe=False)
+    config.ema.decay = 0.0  # share that an average of the weights keeps, a step; 0: no average
 
     config.batch_norm = ConfigDict(type_safe=False)
     config.batch_norm.statistics = "global"  # or device, its images alone; or group:N, N images
@@ -80,6 +99,7 @@ def get_config() -> Any:  # a ConfigDict, whose attributes a type checker cannot
 
     config.eval = ConfigDict(type_safe=False)
     config.eval.batch_size = 1024  # images in an evaluation step, over all devices together
+    config.eval.average_flips = False  # mean of the logits of an image and its mirror image
     config.eval.every_steps = 0  # training steps between evaluations; 0: at the end of each epoch
 
     config.checkpoint = ConfigDict(type_safe=False)

@@ -18,6 +18,7 @@ from cnn_jax.config import Config, ConfigError, differences, override, parse
 from cnn_jax.data.datasets import DATASETS
 from cnn_jax.errors import UserError
 from cnn_jax.models import MODELS
+from cnn_jax.training.optim import OPTIMIZERS, SCHEDULES
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem != "__init__")
@@ -92,11 +93,12 @@ MISTAKES = {
     ),
     "unknown optimizer": (
         {"optimizer.name": "adamv"},
-        "optimizer.name = 'adamv': must be one of 'sgd', 'adamw' (did you mean 'adamw'?)",
+        f"optimizer.name = 'adamv': must be one of {', '.join(map(repr, OPTIMIZERS))}"
+        " (did you mean 'adamw'?)",
     ),
     "unknown schedule": (
-        {"schedule.name": "step"},
-        "schedule.name = 'step': must be one of 'cosine', 'constant'",
+        {"schedule.name": "polynomial"},
+        f"schedule.name = 'polynomial': must be one of {', '.join(map(repr, SCHEDULES))}",
     ),
     "unknown model": (
         {"model.name": "modern_cn"},
@@ -173,6 +175,50 @@ MISTAKES = {
     "crop": (
         {"augment.crop_padding": 28},
         "augment.crop_padding = 28: must be < 28, the pixels of an image's side",
+    ),
+    "flips": (
+        {"augment.alternate_flips": True},
+        "augment.flip, augment.alternate_flips: only one of them can be true",
+    ),
+    "half the colour circle": (
+        {"augment.hue": 0.6},
+        "augment.hue = 0.6: must be a number >= 0 and <= 0.5",
+    ),
+    "magnitude": (
+        {"augment.magnitude": 31},
+        "augment.magnitude = 31: must be an integer >= 0 and <= 30",
+    ),
+    "two ways to clip": (
+        {"optimizer.clip_norm": 1.0, "optimizer.clip_ratio": 0.01},
+        "optimizer.clip_norm = 1.0, optimizer.clip_ratio = 0.01: "
+        "only one of them can be other than 0",
+    ),
+    "unknown loss": (
+        {"loss.name": "cross-entropy"},
+        "loss.name = 'cross-entropy': must be one of 'cross_entropy', 'binary_cross_entropy'"
+        " (did you mean 'cross_entropy'?)",
+    ),
+    "threshold of shares": (
+        {"loss.threshold": 0.2},
+        "loss.threshold = 0.2: only with loss.name = 'binary_cross_entropy'",
+    ),
+    "no steps": (
+        {"schedule.name": "step"},
+        "schedule.milestones = (): schedule.name = 'step' needs the epochs of its steps",
+    ),
+    "steps of another schedule": (
+        {"schedule.milestones": (3,)},
+        "schedule.milestones = (3.0,): only with schedule.name = 'step'",
+    ),
+    "steps out of order": (
+        {"schedule.name": "step", "schedule.milestones": (5, 3)},
+        "schedule.milestones = (5.0, 3.0): must rise between 1.0, schedule.warmup_epochs, "
+        "and 10, num_epochs",
+    ),
+    "a step within the warm-up": (
+        {"schedule.name": "step", "schedule.milestones": (1,)},
+        "schedule.milestones = (1.0,): must rise between 1.0, schedule.warmup_epochs, "
+        "and 10, num_epochs",
     ),
     "warm-up": (
         {"schedule.warmup_epochs": 10.5},

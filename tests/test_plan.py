@@ -26,6 +26,19 @@ def test_a_plan_trains_what_the_configuration_names():
     assert len(jax.tree.leaves(plan().state.opt_state)) > 20
 
 
+def test_averages_are_in_the_state_where_they_are_asked_for():
+    assert plan().state.ema == {}
+    made = plan(("ema.decay", "0.999"), ("eval.average_flips", "true"))
+    assert jax.tree.map(lambda leaf: leaf.shape, made.state.ema["params"]) == (
+        jax.tree.map(lambda leaf: leaf.shape, made.state.params)
+    )
+    assert made.best_by == "test/accuracy_ema"
+    assert "recipe     averaged weights (decay 0.999)" in made.describe()
+    assert made.lower("evaluation").as_text().count("stablehlo.convolution") == (
+        2 * plan().lower("evaluation").as_text().count("stablehlo.convolution")
+    )
+
+
 def test_every_step_of_a_plan_lowers_for_the_devices_it_is_given():
     made = plan(devices=jax.devices()[:4])
     assert made.mesh.shape == {"data": 4, "fsdp": 1}

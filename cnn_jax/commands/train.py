@@ -129,7 +129,7 @@ def _train_in(
             _refuse_other_batches(_of_batches(changes), directory)
         if step >= plan.total_steps and _is_evaluated(metrics, step):
             _say(f"{directory}: this run is complete, at step {step} of {plan.total_steps}")
-            _summarize(directory, metrics, None)
+            _summarize(directory, metrics, plan.best_by, None)
             return 0
         training = _Training(plan, directory, checkpoints, metrics, clock, stop, compiled)
         if config != before:
@@ -199,7 +199,7 @@ class _Training:
             return 128 + interrupted.signum
         finally:
             self.progress.close()
-        _summarize(self.directory, self.metrics, self.clock, self.compilations)
+        _summarize(self.directory, self.metrics, self.plan.best_by, self.clock, self.compilations)
         return 0
 
     def _train(self) -> None:
@@ -295,23 +295,26 @@ class _Training:
 
     def _evaluate(self) -> None:
         self._report()
-        with self.clock.measure("evaluating"):
-            means = evaluate(
-                self.plan, self.eval_step, self.state, self.test_source, check=self.stop.check
-            )
-        if not math.isfinite(means["loss"]):
-            raise self._not_finite(f"the test loss after step {self.step} is {means['loss']}")
-        row = {
-            "epoch": self.plan.epoch(self.step),
-            "test/loss": means["loss"],
-            "test/accuracy": means["accuracy"],
-        }
+        row = {"epoch": self.plan.epoch(self.step)}
+        said = f"epoch {row['epoch']:.2f}"
+        for state, suffix, of in self._evaluated_states():
+            with self.clock.measure("evaluating"):
+                means = evaluate(
+                    self.plan, self.eval_step, state, self.test_source, check=self.stop.check
+                )
+            if not math.isfinite(means["loss"]):
+                raise self._not_finite(f"the test loss after step {self.step} is {means['loss']}")
+            row |= {f"test/{name}{suffix}": value for name, value in means.items()}
+            said += f"  {of}test loss {means['loss']:.4f}  test accuracy {means['accuracy']:.4f}"
         self.metrics.write(self.step, row)
-        self.progress.say(
-            f"epoch {row['epoch']:.2f}  test loss {means['loss']:.4f}  "
-            f"test accuracy {means['accuracy']:.4f}  over {len(self.test_source):,} images"
-        )
+        self.progress.say(f"{said}  over {len(self.test_source):,} images")
         self.window_start = time.perf_counter()
+
+    def _evaluated_states(self) -> Iterator[tuple[TrainState, str, str]]:
+        """Yields each state to evaluate, how its metrics end, and what is said of it."""
+        yield self.state, "", ""
+        if self.state.ema:
+            yield self.state.averaged(), "_ema", "averaged weights: "
 
     def _save(self) -> None:
         """Writes a checkpoint in the background; a state that is not finite never becomes one."""
@@ -322,7 +325,7 @@ class _Training:
             self.checkpoints.save(
                 self.state,
                 record=self.record,
-                accuracy=self.metrics.at(self.step, "test/accuracy"),
+                accuracy=self.metrics.at(self.step, self.plan.best_by),
             )
         self.window_start = time.perf_counter()
 
@@ -405,20 +408,19 @@ def _is_evaluated(metrics: MetricsLog, step: int) -> bool:
 def _summarize(
     directory: Path,
     metrics: MetricsLog,
+    best_by: str,
     clock: Clock | None,
     compilations: CompilationCounter | None = None,
 ) -> None:
     """Prints how the run ended and where things are; draws the curves. Safe to do again."""
     tested = [row for row in metrics.rows if "test/accuracy" in row]
-    final, best = tested[-1], max(tested, key=lambda row: (row["test/accuracy"], row["step"]))
+    final, best = tested[-1], max(tested, key=lambda row: (row[best_by], row["step"]))
     path = directory / "summary.json"
     if clock is not None or not path.exists():
         seconds = {} if clock is None else {**clock.seconds, "total": clock.total()}
         summary = {
-            "step": final["step"],
-            "test/accuracy": final["test/accuracy"],
-            "test/loss": final["test/loss"],
-            "best": {"step": best["step"], "test/accuracy": best["test/accuracy"]},
+            **{name: value for name, value in final.items() if name != "epoch"},
+            "best": {"step": best["step"], best_by: best[best_by]},
             "seconds": seconds,
             "programs": compilations.as_dict() if compilations else {},
             "versions": versions(),
@@ -427,9 +429,10 @@ def _summarize(
     if clock is not None or not (directory / "curves.png").exists():
         plot_curves(metrics.rows, directory / "curves.png")
 
+    averaged = f" ({final[best_by]:.4f} with averaged weights)" if "ema" in best_by else ""
     _say(
-        f"test accuracy {final['test/accuracy']:.4f}, loss {final['test/loss']:.4f} at the last "
-        f"step, {final['step']}; best {best['test/accuracy']:.4f} at step {best['step']}"
+        f"test accuracy {final['test/accuracy']:.4f}{averaged}, loss {final['test/loss']:.4f} at "
+        f"the last step, {final['step']}; best {best[best_by]:.4f} at step {best['step']}"
     )
     if clock is not None:
         seconds = clock.seconds

@@ -126,13 +126,12 @@ class Checkpoints:
                     f"{asked.get(name, 'missing')} here. Choose another --workdir"
                 )
         restored = self._manager.restore(
-            step, args=ocp.args.Composite(state=ocp.args.StandardRestore(as_saved))
+            step, args=ocp.args.Composite(state=ocp.args.StandardRestore(_tree(as_saved)))
         )
-        state = restored["state"]
+        state = dataclasses.replace(abstract_state, **restored["state"])
         if as_saved is abstract_state:
             return state
-        fitted = fit_statistics(state.batch_stats, abstract_state.batch_stats)
-        return dataclasses.replace(state, batch_stats=fitted)
+        return state.map_statistics(fit_statistics, abstract_state)
 
     def save(
         self, state: TrainState, *, record: Mapping[str, Any], accuracy: float | None = None
@@ -156,7 +155,8 @@ class Checkpoints:
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
-                    state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(dict(record))
+                    state=ocp.args.StandardSave(_tree(state)),
+                    record=ocp.args.JsonSave(dict(record)),
                 ),
                 metrics=None if accuracy is None else {"accuracy": accuracy},
             )
@@ -216,9 +216,13 @@ def _with_rows(state: TrainState, saved: dict[str, tuple[int, ...]]) -> TrainSta
         everywhere = NamedSharding(leaf.sharding.mesh, PartitionSpec())
         return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=everywhere)
 
-    batch_stats = jax.tree.map_with_path(saved_rows, state.batch_stats)
-    same = _shapes(batch_stats) == _shapes(state.batch_stats)
-    return state if same else dataclasses.replace(state, batch_stats=batch_stats)
+    found = state.map_statistics(lambda each: jax.tree.map_with_path(saved_rows, each))
+    return state if _shapes(found) == _shapes(state) else found
+
+
+def _tree(state: TrainState) -> dict[str, Any]:
+    """Returns what is saved: no averages where there are none, as before there were any."""
+    return {name: part for name, part in vars(state).items() if name != "ema" or part}
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:

@@ -1,6 +1,7 @@
 """What a run carries from step to step: arrays only."""
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.struct
@@ -23,12 +24,32 @@ class TrainState:
       params: float32 parameters.
       batch_stats: float32 running statistics; empty without BatchNorm.
       opt_state: of the optimiser.
+      ema: moving averages of `params` and `batch_stats`, under these names; empty without.
     """
 
     step: Any  # an array, or what stands for one in an abstract state, like all others
     params: Any
     batch_stats: Any
     opt_state: optax.OptState
+    ema: Any = flax.struct.field(default_factory=dict)
+
+    def averaged(self) -> "TrainState":
+        """Returns the state with the moving averages in the place of what they average."""
+        return dataclasses.replace(
+            self, params=self.ema["params"], batch_stats=self.ema["batch_stats"]
+        )
+
+    def map_statistics(self, change: Callable[..., Any], *others: "TrainState") -> "TrainState":
+        """Returns the state with `change` of its running statistics, and of their averages.
+
+        `change` is given those of the `others` as well.
+        """
+        batch_stats = change(self.batch_stats, *(each.batch_stats for each in others))
+        if not self.ema:
+            return dataclasses.replace(self, batch_stats=batch_stats)
+        averages = change(self.ema["batch_stats"], *(each.ema["batch_stats"] for each in others))
+        ema = {**self.ema, "batch_stats": averages}
+        return dataclasses.replace(self, batch_stats=batch_stats, ema=ema)
 
 
 def init_state(
@@ -38,10 +59,12 @@ def init_state(
     key: jax.Array,
     *,
     weights: Mapping[str, Any] | None = None,
+    ema: bool = False,
 ) -> TrainState:
     """Returns the state at step 0; only the shape and dtype of `images` matter.
 
-    Variables in `weights` take the place of the random ones that the model starts with. Warns
+    Variables in `weights` take the place of the random ones that the model starts with. With `ema`
+    the state has moving averages, which begin at these. Warns
     where programs on this machine may be wrong, see `cnn_jax.training.miscompile`, unless `images`
     are traced, as the commands have it: they compile in a way that avoids it.
     """
@@ -51,12 +74,14 @@ def init_state(
     if weights:
         leaves = {**flatten_dict(variables), **flatten_dict(dict(weights))}
         variables = {**variables, **unflatten_dict(leaves)}
-    params = variables["params"]
+    params, batch_stats = variables["params"], variables.get("batch_stats", {})
+    values = {"params": params, "batch_stats": batch_stats}
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
-        batch_stats=variables.get("batch_stats", {}),
+        batch_stats=batch_stats,
         opt_state=tx.init(params),
+        ema=jax.tree.map(jnp.copy, values) if ema else {},  # copies: the state is donated
     )
 
 

@@ -8,10 +8,12 @@ import jax.numpy as jnp
 import optax
 
 from cnn_jax.training.accumulation import accumulate
-from cnn_jax.training.augment import Augment, example_keys
+from cnn_jax.training.augment import Augment
+from cnn_jax.training.averaging import Average
 from cnn_jax.training.freezing import Frozen, frozen_statistics, stop_gradients
 from cnn_jax.training.losses import Loss, cross_entropy
 from cnn_jax.training.metrics import global_norm, metric_sums
+from cnn_jax.training.mixing import Mix
 from cnn_jax.training.state import TrainState
 from cnn_jax.typing import Batch, FeatureMap, Images, Metrics, PerClass
 
@@ -28,6 +30,8 @@ def make_train_step(
     loss: Loss = cross_entropy,
     normalize: Normalize = lambda images: images,
     augment: Augment | None = None,
+    mix: Mix | None = None,
+    average: Average = lambda state: state,
     frozen: Frozen | None = None,
     accumulate_steps: int = 1,
 ) -> TrainStep:
@@ -36,7 +40,9 @@ def make_train_step(
     `model` is any linen module called as `model(images, train=True)`. The loss is averaged over the
     global batch. The metrics are the sums of `loss` and `accuracy` over `count` examples, the norm
     of the gradient as `grad_norm`, and `finite`: 1 where loss and gradient are finite numbers.
-    With `augment`, examples are changed by keys of (key, epoch, index), which the batch names.
+    With `augment`, examples are changed by keys of (key, epoch, index), which the batch names, and
+    with `mix` images and labels after the normalisation; accuracy is then that of the class with
+    the largest share. `average` brings `ema` of the new state up to date.
     Parameters that are `frozen` have no gradient and their BatchNorms keep their statistics; give
     `freeze_updates(tx, frozen)` as the optimiser, since momentum and weight decay move them too.
     With `accumulate_steps` the gradient is that of so many micro-batches in turn, see `accumulate`.
@@ -49,8 +55,11 @@ def make_train_step(
         ) -> tuple[Any, Any, Metrics]:
             images, labels = batch["image"], batch["label"]
             if augment is not None:
-                images = augment(images, example_keys(key, batch["epoch"], batch["index"]))
-            images = normalize(images)
+                images = augment(images, key, batch["epoch"], batch["index"])
+            images, targets = normalize(images), labels
+            if mix is not None:
+                images, targets = mix(images, labels, key, batch["epoch"], batch["index"])
+                labels = jnp.argmax(targets, axis=-1)
 
             def mean_loss(params: Any) -> tuple[jax.Array, Any]:
                 variables = {
@@ -65,7 +74,7 @@ def make_train_step(
                         mutable=["batch_stats"],
                         rngs={"dropout": dropout_key},
                     )
-                losses = loss(logits, labels)
+                losses = loss(logits, targets)
                 return jnp.mean(losses), (logits, losses, updated.get("batch_stats", {}))
 
             grads, (logits, losses, batch_stats) = jax.grad(mean_loss, has_aux=True)(params)
@@ -80,10 +89,11 @@ def make_train_step(
             params=optax.apply_updates(state.params, updates),
             batch_stats=batch_stats,
             opt_state=opt_state,
+            ema=state.ema,
         )
         grad_norm = global_norm(grads)
         finite = jnp.isfinite(sums["loss"]) & jnp.isfinite(grad_norm)
-        return new_state, {**sums, "grad_norm": grad_norm, "finite": finite}
+        return average(new_state), {**sums, "grad_norm": grad_norm, "finite": finite}
 
     return step
 

@@ -5,6 +5,7 @@ import shutil
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from cnn_jax.errors import UserError
@@ -212,3 +213,20 @@ def test_a_step_damaged_twice_is_set_aside_twice(tmp_path, saved):
         (directory / "6" / "manifest.json").unlink()
         save(directory, {6: 0.5})
     assert len(list((tmp_path / "damaged").iterdir())) == 3
+
+
+def test_averages_are_saved_where_there_are_any_and_nothing_in_their_place_elsewhere(tmp_path):
+    """So that a checkpoint from before there were averages is read as one without."""
+    plain = make_state(2)
+    averaged = plain.replace(ema={"params": plain.params, "batch_stats": plain.batch_stats})
+    for state, names in ((plain, set()), (averaged, {"ema"})):
+        directory = tmp_path / f"with{len(names)}"
+        with Opened(directory) as checkpoints:
+            checkpoints.save(state, record=RECORD)
+            checkpoints.wait()
+            restored = checkpoints.restore(abstract(state))
+        assert jax.tree.structure(restored) == jax.tree.structure(state)
+        jax.tree.map(np.testing.assert_array_equal, restored, state)
+        with ocp.PyTreeCheckpointer() as reader:
+            tree = reader.metadata(directory / "2" / "state").item_metadata.tree
+        assert set(tree) == {"step", "params", "batch_stats", "opt_state"} | names

@@ -1,5 +1,7 @@
 """Augmentation against NumPy slicing, driven by the numbers that the same keys draw."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,8 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from cnn_jax.training.augment import example_keys, make_augment, normalize, random_crop, random_flip
+from cnn_jax.training.color import jitter_color
+from cnn_jax.training.random_operations import rand_augment
 
 ROOT = jax.random.key(7)
 
@@ -67,7 +71,8 @@ def test_make_augment_crops_and_flips_by_independent_keys(crop_padding, flip):
         crop_key, flip_key = jax.random.split(key)
         image = shifted(image, crop_key, crop_padding)
         expected.append(mirrored(image, flip_key) if flip else image)
-    changed = make_augment(crop_padding=crop_padding, flip=flip)(jnp.asarray(images), keys)
+    augment = make_augment(crop_padding=crop_padding, flip=flip)
+    changed = augment(jnp.asarray(images), ROOT, jnp.arange(16) // 4, jnp.arange(16))
     np.testing.assert_array_equal(changed, np.stack(expected))
     assert np.array_equal(changed, images) == (not crop_padding and not flip)
 
@@ -82,10 +87,58 @@ def test_keys_differ_in_root_epoch_and_example():
     assert len(np.unique(words, axis=0)) == len(words) == 240
 
 
-def test_an_example_changes_alike_in_any_position_batch_and_sharding():
+def test_alternating_flips_show_each_side_once_in_two_epochs():
+    images, examples = draw_images((100, 2, 3, 1)), np.arange(100)
+    augment = make_augment(alternate_flips=True)
+    sides = []
+    for epoch in range(4):
+        changed = np.asarray(augment(jnp.asarray(images), ROOT, jnp.full(100, epoch), examples))
+        mirrored = np.all(changed == images[:, :, ::-1], axis=(1, 2, 3))
+        np.testing.assert_array_equal(changed[~mirrored], images[~mirrored])
+        sides.append(mirrored)
+    begins = [
+        bool(jax.random.bernoulli(jax.random.split(k)[1])) for k in keys_of(0 * examples, examples)
+    ]
+    np.testing.assert_array_equal(sides, [begins, np.invert(begins)] * 2)
+    assert abs(np.mean(begins) - 0.5) < 4 * 0.5 / np.sqrt(100)
+
+
+def test_what_is_switched_on_happens_in_the_documented_order():
+    """Crop, flip, RandAugment, jitter, each by further keys of the example."""
+    images, numbers = draw_images(), jnp.arange(16)
+    keys = keys_of(numbers // 4, numbers)
+
+    def further(number):
+        return jax.vmap(lambda key: jax.random.fold_in(key, number))(keys)
+
+    moved = [
+        mirrored(shifted(image, *parts[:1], 2), parts[1])
+        for image, parts in zip(images, jax.vmap(jax.random.split)(keys), strict=True)
+    ]
+    expected = jax.jit(functools.partial(rand_augment, num_operations=1, magnitude=20))(
+        np.stack(moved), further(2)
+    )
+    expected = jitter_color(expected, further(3), brightness=0.4, hue=0.1)
+    augment = jax.jit(
+        make_augment(
+            crop_padding=2, flip=True, random_operations=1, magnitude=20, brightness=0.4, hue=0.1
+        )
+    )
+    changed = augment(jnp.asarray(images), ROOT, numbers // 4, numbers)
+    np.testing.assert_allclose(changed, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"crop_padding": 2, "flip": True},
+        {"alternate_flips": True, "random_operations": 1, "saturation": 0.5},
+    ],
+)
+def test_an_example_changes_alike_in_any_position_batch_and_sharding(arguments):
     images, epochs, examples = draw_images(), np.arange(16) % 3, 1000 + np.arange(16)
-    augment = make_augment(crop_padding=2, flip=True)
-    change = jax.jit(lambda images, *names: augment(images, keys_of(*names)))
+    augment = make_augment(**arguments)
+    change = jax.jit(lambda images, *names: augment(images, ROOT, *names))
     alone = [change(images[[i]], epochs[[i]], examples[[i]])[0] for i in range(16)]
     order = np.random.default_rng(1).permutation(16)
     for num_devices in (1, 8):

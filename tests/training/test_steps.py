@@ -22,6 +22,7 @@ from cnn_jax import (
 from cnn_jax.runtime.sharding import batch_sharding, make_mesh, replicated, shard_state, to_devices
 from cnn_jax.training.augment import make_augment, normalize
 from cnn_jax.training.losses import cross_entropy
+from cnn_jax.training.mixing import make_mix
 from cnn_jax.training.optim import make_optimizer
 from cnn_jax.training.state import all_finite
 
@@ -321,6 +322,23 @@ def test_augmentation_is_a_function_of_key_epoch_and_example_only():
         loss(index=batch["index"] + 1),
     ]
     assert len({loss(), *changed}) == 4
+
+
+def test_mixed_images_are_trained_on_as_their_shares():
+    """The loss is that of the images and shares of `mix`; right is the class with most of it."""
+    model, tx = Perceptron(), optax.sgd(0.1)
+    mix = make_mix(num_classes=5, mixup_alpha=1.0)
+    step = jax.jit(make_train_step(model, tx, normalize=NORMALIZE, mix=mix))
+    state, batch = make_state(model, tx), make_batch()
+    sums = step(state, batch, KEY)[1]
+    images, shares = jax.jit(mix)(
+        NORMALIZE(batch["image"]), batch["label"], KEY, batch["epoch"], batch["index"]
+    )
+    logits = np.asarray(model.apply({"params": state.params}, images, train=False))
+    by_class = [oracles.cross_entropy(logits, np.full(16, k)) for k in range(5)]
+    np.testing.assert_allclose(sums["loss"], np.sum(np.asarray(shares).T * by_class), rtol=1e-5)
+    right = np.count_nonzero(logits.argmax(axis=1) == shares.argmax(axis=1))
+    assert sums["accuracy"] == right
 
 
 def test_bfloat16_is_for_the_computation_alone():

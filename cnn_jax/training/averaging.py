@@ -1,0 +1,30 @@
+"""A moving average of what training changes: parameters and BatchNorm's statistics."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import TypeAlias
+
+import jax
+import jax.numpy as jnp
+
+from cnn_jax.training.state import TrainState
+
+Average: TypeAlias = Callable[[TrainState], TrainState]
+"""`average(state)` returns the state that a step has made with its averages brought up to date."""
+
+
+def moving_average(decay: float) -> Average:
+    """Returns `average(state)`: every average becomes `d average + (1 - d) value`.
+
+    `d` is `decay`, less at the beginning: `min(decay, (1 + step) / (10 + step))` after `step`
+    steps, so that the first weights are forgotten soon (TensorFlow's `ExponentialMovingAverage`
+    with `num_updates`).
+    """
+
+    def average(state: TrainState) -> TrainState:
+        rest = 1 - jnp.minimum(decay, (1 + state.step) / (10 + state.step))
+        values = {"params": state.params, "batch_stats": state.batch_stats}
+        averages = jax.tree.map(lambda old, new: old + rest * (new - old), state.ema, values)
+        return dataclasses.replace(state, ema=averages)
+
+    return average

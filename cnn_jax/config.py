@@ -117,6 +117,7 @@ class DataConfig:
     memory_limit_mb: AtLeastZero
     num_threads: AtLeastOne
     prefetch: AtLeastOne
+    on_bad_record: Annotated[str, OneOf(("raise", "skip"))]
     mean: tuple[float, ...]
     std: tuple[Positive, ...]
 
@@ -205,6 +206,13 @@ class CheckpointConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class FaultsConfig:
+    nan_check_every: Annotated[int, Bound(">=", 3)]  # two steps are always under way
+    on_nan: Annotated[str, OneOf(("stop", "rollback"))]
+    max_skipped: AtLeastOne
+
+
+@dataclasses.dataclass(frozen=True)
 class LogConfig:
     every_steps: AtLeastOne
 
@@ -233,6 +241,7 @@ class Config:
     mesh: MeshConfig
     eval: EvalConfig
     checkpoint: CheckpointConfig
+    faults: FaultsConfig
     log: LogConfig
 
     def as_dict(self) -> dict[str, Any]:

@@ -46,6 +46,7 @@ def get_config() -> Any:  # a ConfigDict, whose attributes a type checker cannot
     config.data.memory_limit_mb = 1024  # MiB; a larger split is read from disk batch by batch
     config.data.num_threads = 2  # threads that make batches, on each host
     config.data.prefetch = 4  # batches made ahead of the step
+    config.data.on_bad_record = "raise"  # or skip: the next good record stands in for a damaged one
     config.data.mean = (0.2860,)  # one for each channel, of pixels scaled to [0, 1]
     config.data.std = (0.3530,)  # likewise; images become (pixels / 255 - mean) / std
 
@@ -105,6 +106,11 @@ def get_config() -> Any:  # a ConfigDict, whose attributes a type checker cannot
     config.checkpoint = ConfigDict(type_safe=False)
     config.checkpoint.every_steps = 0  # training steps between checkpoints; evaluations save too
     config.checkpoint.keep = 2  # newest checkpoints that stay, beside the best
+
+    config.faults = ConfigDict(type_safe=False)
+    config.faults.nan_check_every = 20  # steps within which a number that is not finite is found
+    config.faults.on_nan = "stop"  # or rollback: go back to the last checkpoint, skip the bad steps
+    config.faults.max_skipped = 10  # rollback: bad steps in a run, the next one stops it
 
     config.log = ConfigDict(type_safe=False)
     config.log.every_steps = 20  # training steps between two reports of loss and rate

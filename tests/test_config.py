@@ -78,6 +78,14 @@ MISTAKES = {
         "optimizer.learning_rate = inf: must be a number > 0",
     ),
     "below": ({"log.every_steps": 0}, "log.every_steps = 0: must be an integer >= 1"),
+    "sooner than a step ends": (
+        {"faults.nan_check_every": 2},
+        "faults.nan_check_every = 2: must be an integer >= 3",
+    ),
+    "unknown policy": (
+        {"faults.on_nan": "roll_back"},
+        "faults.on_nan = 'roll_back': must be one of 'stop', 'rollback' (did you mean 'rollback'?)",
+    ),
     "above": (
         {"loss.label_smoothing": 1},
         "loss.label_smoothing = 1: must be a number >= 0 and < 1",

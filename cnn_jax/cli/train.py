@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cnn_jax.cli.arguments import add_command, existing_directory, existing_file
+from cnn_jax.cli.arguments import add_command, existing_directory, existing_file, positive
 from cnn_jax.cli.config_files import parsed
 
 USAGE = """\
 %(prog)s --config FILE [--config.KEY=VALUE ...]
-       [--workdir DIR] [--compiled DIR] [--dry-run] [--accept-config-changes]"""
+       [--workdir DIR] [--compiled DIR] [--step-timeout SECONDS] [--dry-run]
+       [--accept-config-changes]"""
 
 DESCRIPTION = """\
 Trains the network that FILE describes and evaluates it on every test image.
@@ -28,7 +29,8 @@ examples:
 
 configs/default.py explains every KEY. Exit code: 0 when done, 2 for a mistake
 in the command or the configuration, 130 and 143 when stopped by Ctrl-C or
-SIGTERM (what was trained is saved), 1 for anything else that stopped it.
+SIGTERM (what was trained is saved), 75 for a step that hung, 1 for anything
+else that stopped it. After 75 and 143 the same command goes on.
 """
 
 
@@ -64,6 +66,14 @@ def add(commands: Any) -> None:
         help="start without compiling, with the programs of `compile --save DIR` if they fit",
     )
     parser.add_argument(
+        "--step-timeout",
+        metavar="SECONDS",
+        type=positive,
+        default=0,
+        help="end with exit code 75 and all stacks when no step ends for so long, the longest "
+        "save included (default: never)",
+    )
+    parser.add_argument(
         "--dry-run", action="store_true", help="check everything, print the plan and stop"
     )
     parser.add_argument(
@@ -92,6 +102,7 @@ def run(options: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> in
             config,
             workdir,
             compiled=options.compiled,
+            step_timeout=options.step_timeout,
             dry_run=options.dry_run,
             accept_config_changes=options.accept_config_changes,
         )

@@ -4,17 +4,19 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
 from cnn_jax.commands.evaluate import STEPS_IN_FLIGHT, evaluate
 from cnn_jax.config import Config, differences
+from cnn_jax.data.bad_records import SkipBadRecords, open_without_bad_records
 from cnn_jax.data.pipeline import BatchIterator, train_batches
 from cnn_jax.data.sources import Source, fingerprint, open_source
 from cnn_jax.errors import UserError
@@ -34,9 +36,17 @@ from cnn_jax.runtime.report import (
     read_rows,
 )
 from cnn_jax.runtime.sharding import batch_sharding, to_devices
-from cnn_jax.runtime.workdir import claim, read_config, write_config
+from cnn_jax.runtime.watchdog import Watchdog
+from cnn_jax.runtime.workdir import (
+    claim,
+    read_config,
+    read_skipped,
+    write_config,
+    write_skipped,
+)
+from cnn_jax.training.diagnosis import first_not_finite
 from cnn_jax.training.metrics import mean
-from cnn_jax.training.state import TrainState, all_finite
+from cnn_jax.training.state import TrainState, all_finite, skip_step
 from cnn_jax.typing import Batch, Metrics
 
 STEPS = ("train", "evaluation")
@@ -51,6 +61,7 @@ def train(
     workdir: str | Path,
     *,
     compiled: Path | None = None,
+    step_timeout: float = 0,
     dry_run: bool = False,
     accept_config_changes: bool = False,
 ) -> int:
@@ -58,7 +69,8 @@ def train(
 
     Returns 0 when the run is complete, and 128 plus the signal's number when SIGINT or SIGTERM
     stopped it; what was trained by then is saved. With `dry_run` it prints the plan only. The steps
-    are those saved in `compiled`, if they fit the run.
+    are those saved in `compiled`, if they fit the run. Where no step ends for `step_timeout`
+    seconds, unless that is 0, the process ends with the exit code `watchdog.RESTART`.
 
     Raises:
       UserError: the directory holds another run or cannot be written, the data cannot be had, or
@@ -76,7 +88,10 @@ def train(
         return 0
     try:
         with StopSignals() as stop, claim(directory):
-            return _train_in(directory, plan, clock, stop, compiled, accept_config_changes)
+            watchdog = Watchdog(step_timeout)
+            return _train_in(
+                directory, plan, clock, stop, watchdog, compiled, accept_config_changes
+            )
     except Interrupted as interrupted:
         _say("stopped before training began; the same command starts again")
         return 128 + interrupted.signum
@@ -92,6 +107,7 @@ def _train_in(
     plan: Plan,
     clock: Clock,
     stop: StopSignals,
+    watchdog: Watchdog,
     compiled: Path | None,
     accept_config_changes: bool,
 ) -> int:
@@ -129,12 +145,17 @@ def _train_in(
             _refuse_other_batches(_of_batches(changes), directory)
         if step >= plan.total_steps and _is_evaluated(metrics, step):
             _say(f"{directory}: this run is complete, at step {step} of {plan.total_steps}")
-            _summarize(directory, metrics, plan.best_by, None)
+            faults = checkpoints.record().get("faults", {})
+            _summarize(directory, metrics, plan.best_by, faults, None)
             return 0
-        training = _Training(plan, directory, checkpoints, metrics, clock, stop, compiled)
+        training = _Training(plan, directory, checkpoints, metrics, clock, stop, watchdog, compiled)
         if config != before:
             write_config(directory, config)
         return training.run()
+
+
+class NotFiniteError(Exception):
+    """Somewhere up to the step that was reached, a number was not finite."""
 
 
 class _Training:
@@ -148,6 +169,7 @@ class _Training:
         metrics: MetricsLog,
         clock: Clock,
         stop: StopSignals,
+        watchdog: Watchdog,
         compiled: Path | None,
     ) -> None:
         """Compiles, opens the data, and takes the newest good state or makes the first."""
@@ -156,10 +178,16 @@ class _Training:
         self.checkpoints = checkpoints
         self.metrics = metrics
         self.stop = stop
+        self.watchdog = watchdog
         self.clock = clock
         self.compilations = CompilationCounter()
-        self.window: list[Metrics] = []
+        self.window: list[tuple[int, Metrics]] = []
         self.window_start = 0.0
+        self.skipped = read_skipped(directory)
+        self.watched_until = 0
+        self.unexplained: NotFiniteError | None = None
+        # A check sees the steps that have ended, which are all but those under way.
+        self.nan_check_every = plan.config.faults.nan_check_every - STEPS_IN_FLIGHT
         with self.clock.measure("starting"):
             # The data come first: while tensorflow_datasets is imported it replaces Python's import
             # for the whole process, and a compiler that imports in another thread would fail.
@@ -177,6 +205,8 @@ class _Training:
             self.step = checkpoints.latest_step() or 0
             self.state = self._restore() if self.step else plan.make_state()
             self.key = plan.make_key()
+            if self.step:
+                self._remember(checkpoints.record().get("faults", {}))
             (self.train_step, self.eval_step), self.clock.seconds["compiling"] = wait()
         self.progress = Progress(plan.total_steps, first_step=self.step)
 
@@ -184,25 +214,49 @@ class _Training:
         """Trains to the last step; returns the exit code."""
         self.stop.defer()
         try:
-            with self.clock.measure("training"):
+            with self.watchdog, self.clock.measure("training"):
                 self._train()
             self.clock.seconds["training"] -= sum(
                 self.clock.seconds[part] for part in ("evaluating", "saving")
             )
         except Interrupted as interrupted:
-            self._save()
-            self.checkpoints.wait()
-            self.progress.say(
-                f"stopped by {interrupted}: saved at step {self.step} of {self.plan.total_steps}; "
-                "the same command again goes on from there"
-            )
-            return 128 + interrupted.signum
+            return self._stopped(interrupted)
         finally:
             self.progress.close()
-        _summarize(self.directory, self.metrics, self.plan.best_by, self.clock, self.compilations)
+        _summarize(
+            self.directory,
+            self.metrics,
+            self.plan.best_by,
+            self._faults(),
+            self.clock,
+            self.compilations,
+        )
         return 0
 
+    def _stopped(self, interrupted: Interrupted) -> int:
+        """Saves for a restart; returns the exit code."""
+        with contextlib.suppress(NotFiniteError):  # the restart finds the cause
+            self._save()
+        self.checkpoints.wait()
+        saved = self.checkpoints.latest_step() or 0
+        self.progress.say(
+            f"stopped by {interrupted}: saved at step {saved} of {self.plan.total_steps}; "
+            "the same command again goes on from there"
+        )
+        return 128 + interrupted.signum
+
     def _train(self) -> None:
+        """Trains to the last step, from the last good state again when a number is not finite."""
+        while True:
+            try:
+                self._train_from_here()
+            except NotFiniteError as error:
+                self._rewind(error)
+            else:
+                break
+        self.checkpoints.wait()
+
+    def _train_from_here(self) -> None:
         plan = self.plan
         sharding = batch_sharding(plan.mesh)
         self.window_start = time.perf_counter()
@@ -211,12 +265,13 @@ class _Training:
             self._save()
         with contextlib.closing(self._batches()) as batches:
             while self.step < plan.total_steps:
-                batch = self._fetch(batches, sharding)
-                self.state, sums = self.train_step(self.state, batch, self.key)
+                self._step(self._fetch(batches, sharding))
                 self.step += 1
-                self.window.append(sums)
                 if len(self.window) > STEPS_IN_FLIGHT:
                     jax.block_until_ready(self.window[-1 - STEPS_IN_FLIGHT])
+                if self.step % self.nan_check_every == 0:
+                    done = self.window[:-STEPS_IN_FLIGHT]
+                    _refuse_not_finite(done[-self.nan_check_every :])
                 self.progress.advance(self.step)
                 if self.step % plan.config.log.every_steps == 0:
                     self._report()
@@ -224,14 +279,69 @@ class _Training:
                     self._evaluate()
                 if plan.saves_after(self.step):
                     self._save()
-                self.stop.check()
+                self._go_on()
+
+    def _go_on(self) -> None:
+        """Tells the watchdog; raises `Interrupted` if a signal has come."""
+        self.watchdog.beat()
+        self.stop.check()
+
+    def _step(self, batch: Batch) -> None:
+        """Takes the next step, or skips it."""
+        step = self.step + 1
+        if step in self.skipped:
+            self.state = skip_step(self.state)
+        elif step <= self.watched_until:
+            self._watched_step(step, batch)
+        else:
+            self.state, sums = self.train_step(self.state, batch, self.key)
+            self.window.append((step, sums))
+
+    def _watched_step(self, step: int, batch: Batch) -> None:
+        """Takes a step, or says where its first number appears that is not finite, and skips it."""
+        before = jax.tree.map(jnp.copy, self.state)
+        self.state, sums = self.train_step(self.state, batch, self.key)
+        if all(jax.device_get([sums["finite"], all_finite(self.state)])):
+            self.window.append((step, sums))
+            if self.unexplained and step == self.watched_until:
+                raise UserError(
+                    f"{self.unexplained}, but computed again every number is finite: this machine "
+                    "does not compute the same twice. Look for a fault of the device or its "
+                    "memory; the same command goes on from the newest checkpoint"
+                )
+            return
+        self.unexplained = None
+        faults = self.plan.config.faults
+        with self.watchdog.paused():  # it compiles
+            place = first_not_finite(self.plan.train_step, before, batch, self.key)
+        cause = f"step {step}: {place}"
+        if faults.on_nan == "stop" or not jax.device_get(all_finite(before)):
+            raise self._diverged(cause)
+        if len(self.skipped) == faults.max_skipped:
+            raise self._diverged(f"{cause}, after {len(self.skipped)} steps that were skipped")
+        self.state = skip_step(before)
+        self.skipped[step] = cause
+        write_skipped(self.directory, self.skipped)
+        self.progress.say(f"{cause}; the step is skipped")
+
+    def _rewind(self, error: NotFiniteError) -> None:
+        """Goes back to the last good state, to go on from it with every step watched."""
         self.checkpoints.wait()
+        good = self.checkpoints.latest_step() or 0
+        self.progress.say(f"{error}: going back to step {good} to find where it begins")
+        self.watched_until, self.unexplained = self.step, error
+        self.step = good
+        with self.watchdog.paused():
+            restore, make = self.checkpoints.restore, self.plan.make_state
+            self.state = restore(self.plan.state) if good else make()
+        self.metrics.rewind(good)
+        self.window.clear()
 
     def _fetch(self, batches: Iterator[dict[str, np.ndarray]], sharding: NamedSharding) -> Batch:
         """Returns the next batch, on the devices; its time counts while they have nothing to do."""
         start = time.perf_counter()
         batch = to_devices(next(batches), sharding)
-        last: Any = self.window[-1]["loss"] if self.window else None
+        last: Any = self.window[-1][1]["loss"] if self.window else None
         if last is None or last.is_ready():  # nothing is under way
             self.clock.seconds["waiting for data"] += time.perf_counter() - start
         return batch
@@ -252,7 +362,8 @@ class _Training:
 
     def _open(self, split: str) -> Source:
         data = self.plan.config.data
-        return open_source(
+        opened = open_without_bad_records if data.on_bad_record == "skip" else open_source
+        return opened(
             data.name,
             split,
             data_dir=data.data_dir,
@@ -268,25 +379,20 @@ class _Training:
         return self.checkpoints.restore(self.plan.state)
 
     def _report(self) -> None:
-        """Writes the metrics since the last report; raises UserError for one that is not finite."""
+        """Writes the metrics since the last report; raises where one is not finite."""
         if not self.window:
             return
-        sums = jax.device_get(self.window)
+        _refuse_not_finite(self.window)
+        sums = [values for _, values in jax.device_get(self.window)]
         seconds = time.perf_counter() - self.window_start
         self.window.clear()
-        for step, values in enumerate(sums, start=self.step - len(sums) + 1):
-            if not values["finite"]:
-                raise self._not_finite(
-                    f"at step {step} the loss is {values['loss'] / values['count']:.4g} and the "
-                    f"norm of its gradient {values['grad_norm']:.4g}"
-                )
         means = mean(sums)
         row = {
             "epoch": self.plan.epoch(self.step),
             "train/loss": means["loss"],
             "train/accuracy": means["accuracy"],
             "train/grad_norm": float(sums[-1]["grad_norm"]),
-            "learning_rate": self.plan.learning_rate(self.step - 1),
+            "learning_rate": self.plan.learning_rate(self._updates() - 1),
             "images_per_second": len(sums) * self.plan.config.batch_size / seconds,
         }
         self.metrics.write(self.step, row)
@@ -300,10 +406,11 @@ class _Training:
         for state, suffix, of in self._evaluated_states():
             with self.clock.measure("evaluating"):
                 means = evaluate(
-                    self.plan, self.eval_step, state, self.test_source, check=self.stop.check
+                    self.plan, self.eval_step, state, self.test_source, check=self._go_on
                 )
             if not math.isfinite(means["loss"]):
-                raise self._not_finite(f"the test loss after step {self.step} is {means['loss']}")
+                self._refuse_bad_state()
+                raise self._diverged(f"the test loss after step {self.step} is {means['loss']}")
             row |= {f"test/{name}{suffix}": value for name, value in means.items()}
             said += f"  {of}test loss {means['loss']:.4f}  test accuracy {means['accuracy']:.4f}"
         self.metrics.write(self.step, row)
@@ -320,24 +427,63 @@ class _Training:
         """Writes a checkpoint in the background; a state that is not finite never becomes one."""
         self._report()
         with self.clock.measure("saving"):
-            if not jax.device_get(all_finite(self.state)):
-                raise self._not_finite(f"the weights after step {self.step} are not finite numbers")
+            self._refuse_bad_state()
             self.checkpoints.save(
                 self.state,
-                record=self.record,
+                record={**self.record, "faults": self._faults()},
                 accuracy=self.metrics.at(self.step, self.plan.best_by),
             )
         self.window_start = time.perf_counter()
 
-    def _not_finite(self, what: str) -> UserError:
+    def _refuse_bad_state(self) -> None:
+        if not jax.device_get(all_finite(self.state)):
+            raise NotFiniteError(f"the weights after step {self.step} are not finite numbers")
+
+    def _faults(self) -> dict[str, Any]:
+        """Returns the steps and records that were skipped, each with its reason, for JSON."""
+        sources = {"train": self.train_source, "test": self.test_source}
+        return {
+            "skipped_steps": {str(step): why for step, why in sorted(self.skipped.items())},
+            "bad_records": {
+                name: {str(number): why for number, why in sorted(source.bad.items())}
+                for name, source in sources.items()
+                if isinstance(source, SkipBadRecords)
+            },
+        }
+
+    def _remember(self, faults: Mapping[str, Any]) -> None:
+        """Takes up what `_faults` gave an earlier start."""
+        self.skipped |= {int(step): why for step, why in faults.get("skipped_steps", {}).items()}
+        sources = {"train": self.train_source, "test": self.test_source}
+        for name, bad in faults.get("bad_records", {}).items():
+            source = sources[name]
+            if isinstance(source, SkipBadRecords):
+                source.bad.update({int(number): why for number, why in bad.items()})
+
+    def _updates(self) -> int:
+        """Returns how often the optimiser has moved the weights."""
+        return self.step - sum(step <= self.step for step in self.skipped)
+
+    def _diverged(self, what: str) -> UserError:
         self.checkpoints.wait()
         good = self.checkpoints.latest_step()
         return UserError(
             f"training has diverged: {what}. "
             + (f"The newest checkpoint, step {good}, is good. " if good else "")
             + "Lower optimizer.learning_rate or lengthen schedule.warmup_epochs, in another "
-            "--workdir or with --accept-config-changes"
+            "--workdir or with --accept-config-changes; or skip single bad steps: "
+            "faults.on_nan=rollback"
         )
+
+
+def _refuse_not_finite(window: Sequence[tuple[int, Metrics]]) -> None:
+    """Raises for the first step whose loss or gradient is not finite; waits for those under way."""
+    for step, values in jax.device_get(window):
+        if not values["finite"]:
+            raise NotFiniteError(
+                f"at step {step} the loss is {values['loss'] / values['count']:.4g} and the norm "
+                f"of its gradient {values['grad_norm']:.4g}"
+            )
 
 
 def _compile_together(
@@ -409,6 +555,7 @@ def _summarize(
     directory: Path,
     metrics: MetricsLog,
     best_by: str,
+    faults: Mapping[str, Any],
     clock: Clock | None,
     compilations: CompilationCounter | None = None,
 ) -> None:
@@ -421,6 +568,8 @@ def _summarize(
         summary = {
             **{name: value for name, value in final.items() if name != "epoch"},
             "best": {"step": best["step"], best_by: best[best_by]},
+            "skipped_steps": [int(step) for step in faults.get("skipped_steps", {})],
+            "bad_records": {name: len(bad) for name, bad in faults.get("bad_records", {}).items()},
             "seconds": seconds,
             "programs": compilations.as_dict() if compilations else {},
             "versions": versions(),

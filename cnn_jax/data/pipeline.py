@@ -9,6 +9,7 @@ from collections.abc import Callable, Generator
 
 import numpy as np
 
+from cnn_jax.data.bad_records import SkipBadRecords
 from cnn_jax.data.sources import Source
 from cnn_jax.errors import UserError
 
@@ -99,8 +100,8 @@ def eval_batches(
     """Returns an iterator over this process's part of all examples, in order, each exactly once.
 
     A batch is `image` uint8 [b h w c], `label` int32 [b] and `mask` float32 [b], 1 for an example
-    and 0 for the padding, with b = batch_size / process_count. Every process gets the same number
-    of batches, all of one shape.
+    and 0 for the padding or what stands in for a damaged one, with b = batch_size / process_count.
+    Every process gets the same number of batches, all of one shape.
 
     Raises:
       UserError: `batch_size` does not divide by `process_count`; while iterating, a damaged record.
@@ -108,10 +109,14 @@ def eval_batches(
     part = _part(batch_size, process_index, process_count)
     num_examples = len(source)
 
-    def make_batch(number: int) -> dict[str, np.ndarray]:
-        index = number * batch_size + np.arange(part.start, part.stop, dtype=np.int64)
-        batch = source.batch(np.minimum(index, num_examples - 1))
-        return {**batch, "mask": (index < num_examples).astype(np.float32)}
+    def make_batch(batch_number: int) -> dict[str, np.ndarray]:
+        index = batch_number * batch_size + np.arange(part.start, part.stop, dtype=np.int64)
+        number = np.minimum(index, num_examples - 1)
+        batch = source.batch(number)
+        counts = index < num_examples
+        if isinstance(source, SkipBadRecords):
+            counts &= source.is_good(number)
+        return {**batch, "mask": counts.astype(np.float32)}
 
     num_batches = -(-num_examples // batch_size)
     return _iterate(make_batch, range(num_batches), num_threads, prefetch)
@@ -134,8 +139,20 @@ def _iterate(
 ) -> BatchIterator:
     import grain
 
+    def named(number: int) -> dict[str, np.ndarray]:
+        try:
+            return make_batch(number)
+        except UserError:
+            raise
+        except BaseException as error:  # SystemExit too, which would end the run without a word
+            raise UserError(
+                f"a thread that makes batches died at batch {number} of the data: "
+                f"{type(error).__name__}: {error}. The same command starts again from the newest "
+                "checkpoint"
+            ) from error
+
     # One element is one batch: grain spends more on an element than NumPy on a small image.
-    batches = grain.MapDataset.range(numbers.start, numbers.stop).map(make_batch)
+    batches = grain.MapDataset.range(numbers.start, numbers.stop).map(named)
     options = grain.ReadOptions(
         num_threads=num_threads, prefetch_buffer_size=max(prefetch, num_threads)
     )

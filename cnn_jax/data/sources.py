@@ -64,7 +64,7 @@ def open_source(
         return SyntheticSource(info, split, split_name, examples)
     records = _open_records(info, split, split_name, data_dir, source_dir, log)
     if len(records) * math.prod(info.image_shape) <= memory_limit_mb * 2**20:
-        return _read_into_memory(records)
+        return read_into_memory(records)
     return records
 
 
@@ -204,7 +204,8 @@ def _open_records(
     return RecordSource(info, split, builder.info.features, shards)
 
 
-def _read_into_memory(records: RecordSource) -> MemorySource:
+def read_into_memory(records: Source) -> MemorySource:
+    """Returns the same examples, decoded in memory."""
     images = np.empty((len(records), *records.info.image_shape), np.uint8)
     labels = np.empty(len(records), np.int32)
     for start in range(0, len(records), 1024):

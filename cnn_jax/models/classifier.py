@@ -12,7 +12,7 @@ from cnn_jax.models.initialization import TORCH, Initialization
 from cnn_jax.models.layers import ModuleFactory, at_least
 from cnn_jax.models.normalization import BATCH_NORMS, NORMS, Norm
 from cnn_jax.models.pooling import POOLS
-from cnn_jax.typing import FeatureMap, Images, Logits
+from cnn_jax.typing import Array, FeatureMap, Images, Logits
 
 
 def one_of(argument: str, value: str, allowed: Collection[str]) -> None:
@@ -25,7 +25,7 @@ REMATS = ("none", "block", "stage")
 
 
 @jax.custom_jvp
-def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+def product(x: Array, kernel: Array) -> jax.Array:
     """Returns `x @ kernel` in float32 at least; its derivatives have the dtype of x and kernel.
 
     So the gradient of a bfloat16 kernel is made, and crosses links, in bfloat16, as those of

@@ -92,9 +92,15 @@ class MetricsLog:
         values = (row[name] for row in self.rows if row["step"] == step and name in row)
         return next(values, None)
 
+    def rewind(self, step: int) -> None:
+        """Goes on from `step`, as a log does that is opened there."""
+        self.close()
+        self.rows = [row for row in self.rows if row["step"] <= step]
+        self._resume_step = step
+
     def close(self) -> None:
         for opened in {"_file", "_events"} & self.__dict__.keys():
-            getattr(self, opened).close()
+            self.__dict__.pop(opened).close()
 
 
 class EventFile:

@@ -12,6 +12,7 @@ from cnn_jax.errors import UserError
 from cnn_jax.runtime.files import write_atomically
 
 CONFIG = "config.json"
+SKIPPED = "skipped.json"
 
 
 @contextlib.contextmanager
@@ -56,3 +57,23 @@ def read_config(directory: Path) -> dict[str, Any] | None:
 def write_config(directory: Path, config: Mapping[str, Any]) -> None:
     """Keeps the configuration of the run in its directory."""
     write_atomically(directory / CONFIG, json.dumps(config, indent=2) + "\n")
+
+
+def read_skipped(directory: Path) -> dict[int, str]:
+    """Returns the steps that the run does not train on, each with its reason.
+
+    It spares a restart to find them again, which it would: a file that cannot be read is empty.
+    """
+    try:
+        return {int(step): str(why) for step, why in json.loads(_text(directory / SKIPPED)).items()}
+    except (ValueError, AttributeError):
+        return {}
+
+
+def write_skipped(directory: Path, skipped: Mapping[int, str]) -> None:
+    """Keeps the steps that the run does not train on in its directory."""
+    write_atomically(directory / SKIPPED, json.dumps(skipped, indent=2) + "\n")
+
+
+def _text(path: Path) -> str:
+    return path.read_text() if path.exists() else "{}"

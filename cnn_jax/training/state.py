@@ -85,6 +85,16 @@ def init_state(
     )
 
 
+def skip_step(state: TrainState) -> TrainState:
+    """Returns the state after a step that changes nothing but the number of the step."""
+    return dataclasses.replace(state, step=_next(state.step))
+
+
+@jax.jit
+def _next(step: jax.Array) -> jax.Array:
+    return step + 1
+
+
 @jax.jit
 def all_finite(state: TrainState) -> jax.Array:
     """Returns whether every number of the state is finite, a bool scalar."""

@@ -104,9 +104,10 @@ class Trainer:
         *flags: str,
         environment: Mapping[str, str] | None = None,
         wrapper: Sequence[str] = (),
+        program: Sequence[str] = ("train.py",),
     ) -> Child:
         """Returns a process that trains in `workdir`, started by the command `wrapper` if given."""
-        command = [sys.executable, "train.py", *self.flags, f"--workdir={workdir}", *flags]
+        command = [sys.executable, *program, *self.flags, f"--workdir={workdir}", *flags]
         child = Child([*wrapper, *command], self._environment | (environment or {}))
         self._children.append(child)
         return child

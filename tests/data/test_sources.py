@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 
+from cnn_jax.data.bad_records import open_without_bad_records
 from cnn_jax.data.builders.fashion_mnist import FashionMnist, FashionMnist10k
 from cnn_jax.data.datasets import DATASETS, dataset_info, split_range
 from cnn_jax.data.sources import MemorySource, RecordSource, fingerprint, open_source
@@ -158,6 +159,24 @@ def test_damage_is_named_in_the_right_shard(own_prepared_dir, damaged_train_shar
     source.batch(np.arange(43))
     with pytest.raises(UserError, match=f"{re.escape(str(path))} is damaged: record {spoiled} "):
         source.batch(np.arange(50))
+
+
+def test_a_damaged_record_is_skipped_in_memory_as_on_disk(own_prepared_dir, damaged_train_shard):
+    path, spoiled = damaged_train_shard
+    for memory_limit_mb in (0, 64):
+        lines = []
+        source = open_without_bad_records(
+            "fashion_mnist_10k",
+            f"train[{spoiled - 3}:{spoiled + 5}]",
+            data_dir=str(own_prepared_dir),
+            memory_limit_mb=memory_limit_mb,
+            log=lines.append,
+        )
+        labels = source.batch(np.arange(8))["label"]
+        assert labels[3] == labels[4]
+        assert source.is_good(np.arange(8)).tolist() == [i != 3 for i in range(8)]
+        (line,) = lines
+        assert f"{path} is damaged: record {spoiled} cannot be read" in line
 
 
 @pytest.mark.parametrize("length", [0, 1_000_000])

@@ -1,0 +1,88 @@
+"""What stands in for a record that cannot be read."""
+
+import dataclasses
+import math
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from cnn_jax.data.datasets import DatasetInfo
+from cnn_jax.data.sources import Source, open_source, read_into_memory
+from cnn_jax.errors import UserError
+
+LIMIT = 100
+"""Damaged records one behind the other that are a file gone, not records gone bad."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SkipBadRecords:
+    """A source without its damaged records: the next good one, by number, stands in for each.
+
+    So what a batch holds still follows from its numbers alone, on any number of threads and after
+    any restart. Training sees the stand-in once more in that epoch; an evaluation leaves it out.
+
+    Attributes:
+      source: raises UserError for a damaged record.
+      log: receives one line for each, naming it.
+      bad: why each damaged record that was met cannot be read, by number.
+    """
+
+    source: Source
+    log: Callable[[str], None] = print
+    bad: dict[int, str] = dataclasses.field(default_factory=dict)
+    _lock: threading.Lock = dataclasses.field(default_factory=threading.Lock)
+
+    @property
+    def info(self) -> DatasetInfo:
+        return self.source.info
+
+    @property
+    def split(self) -> str:
+        return self.source.split
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def batch(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+        """Returns the numbered examples, or what stands in for them.
+
+        Raises UserError where `LIMIT` records one behind the other are damaged.
+        """
+        try:
+            return self.source.batch(indices)
+        except UserError:  # find out which
+            examples = [self._good_from(int(index)) for index in indices]
+            return {name: np.concatenate([each[name] for each in examples]) for name in examples[0]}
+
+    def is_good(self, indices: np.ndarray) -> np.ndarray:
+        """Returns which of the numbered examples, read before, are their own, bool [n]."""
+        return np.array([int(index) not in self.bad for index in indices])
+
+    def _good_from(self, index: int) -> dict[str, np.ndarray]:
+        for number in range(index, index + min(LIMIT, len(self))):
+            try:
+                return self.source.batch(np.array([number % len(self)]))
+            except UserError as error:
+                self._note(number % len(self), error)
+        raise UserError(
+            f"{LIMIT} records one behind the other are damaged, so none is skipped; the first: "
+            f"{self.bad[index]}"
+        )
+
+    def _note(self, number: int, error: UserError) -> None:
+        with self._lock:
+            if number not in self.bad:
+                self.bad[number] = str(error)
+                self.log(f"record skipped, the next good one stands in: {error}")
+
+
+def open_without_bad_records(
+    name: str, split: str, *, memory_limit_mb: int, log: Callable[[str], None], **options: Any
+) -> SkipBadRecords:
+    """Returns what `open_source` does of the same arguments, damaged records skipped."""
+    source = SkipBadRecords(open_source(name, split, memory_limit_mb=0, log=log, **options), log)
+    if len(source) * math.prod(source.info.image_shape) <= memory_limit_mb * 2**20:
+        return dataclasses.replace(source, source=read_into_memory(source))
+    return source

@@ -16,6 +16,7 @@ from cnn_jax.cli import inspect as inspect_
 from cnn_jax.cli import train as train_
 from cnn_jax.cli.config_files import split_overrides
 from cnn_jax.errors import UsageError, UserError, nearest
+from cnn_jax.runtime import distributed
 from cnn_jax.runtime.compiler import start_cache
 
 COMMANDS = (train_, inspect_, convert_, compile_)
@@ -35,7 +36,12 @@ def run(arguments: Sequence[str] | None = None) -> NoReturn:
     """Ends the process with the exit code of `main`."""
     sys.excepthook = _without_abandoned_arrays(sys.excepthook)
     sys.unraisablehook = _without_abandoned_arrays(sys.unraisablehook)
-    code = main(arguments)
+    try:
+        code = main(arguments)
+    except Exception:
+        sys.excepthook(*sys.exc_info())
+        code = 1
+    distributed.leave(code)
     if code:  # a compiler in another thread would hold up Python's own exit for minutes
         sys.stdout.flush()
         sys.stderr.flush()
@@ -77,8 +83,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return options.run(options, overrides)
     except UserError as error:
-        print(error, file=sys.stderr)
-        return 2 if isinstance(error, UsageError) else 1
+        print(f"{distributed.who()}{error}", file=sys.stderr, flush=True)
+        code = 2 if isinstance(error, UsageError) else 1
+        distributed.leave(code, str(error))
+        return code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

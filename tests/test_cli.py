@@ -215,6 +215,11 @@ USAGE = {
         ["--config.seed", "--dry-run"],
         "unrecognized arguments: --config.seed (must be --config.KEY=VALUE)",
     ),
+    "a bucket": (
+        ["--config", QUICKSTART, "--workdir", "gs://bucket/run"],
+        "--workdir gs://bucket/run: must be a directory; mount a bucket, with gcsfuse or "
+        "mountpoint-s3, and name the place",
+    ),
     "no config": ([], "the following arguments are required: --config"),
     "no file": (
         ["--config", str(ROOT / "configs" / "quickstrt.py")],

@@ -9,11 +9,13 @@ from typing import Any
 
 from cnn_jax.cli.arguments import add_command, existing_directory, existing_file, positive
 from cnn_jax.cli.config_files import parsed
+from cnn_jax.runtime import distributed
 
 USAGE = """\
 %(prog)s --config FILE [--config.KEY=VALUE ...]
        [--workdir DIR] [--compiled DIR] [--step-timeout SECONDS] [--dry-run]
-       [--accept-config-changes]"""
+       [--accept-config-changes]
+       [--coordinator HOST:PORT --num-processes N --process-id I] [--peer-timeout SECONDS]"""
 
 DESCRIPTION = """\
 Trains the network that FILE describes and evaluates it on every test image.
@@ -26,6 +28,10 @@ examples:
   %(prog)s --config configs/quickstart.py --dry-run
   %(prog)s --config configs/quickstart.py --workdir runs/wide \\
       --config.model.width=64 --config.optimizer.learning_rate=0.05
+
+Several processes make one run: each is started with this command, and Slurm,
+Open MPI or Cloud TPU tell it its place, or --coordinator, --num-processes and
+--process-id do. docs/many_hosts.md has recipes.
 
 configs/default.py explains every KEY. Exit code: 0 when done, 2 for a mistake
 in the command or the configuration, 130 and 143 when stopped by Ctrl-C or
@@ -81,6 +87,21 @@ def add(commands: Any) -> None:
         action="store_true",
         help="go on with a run although its configuration was another",
     )
+    several = parser.add_argument_group("several processes, where no launcher tells them")
+    several.add_argument(
+        "--coordinator", metavar="HOST:PORT", help="where process 0 runs, and a free port of it"
+    )
+    several.add_argument(
+        "--num-processes", metavar="N", type=positive, help="of the run; 1: stay alone"
+    )
+    several.add_argument("--process-id", metavar="I", type=int, help="of this one, from 0 to N - 1")
+    several.add_argument(
+        "--peer-timeout",
+        metavar="SECONDS",
+        type=positive,
+        default=distributed.PEER_TIMEOUT,
+        help="end the run when a process gives no sign of life for so long (default: %(default)s)",
+    )
 
 
 def run(options: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> int:
@@ -91,6 +112,13 @@ def run(options: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> in
     # Here rather than above: help and mistyped flags should not wait for data and checkpoints.
     from cnn_jax.config import ConfigError
 
+    if "://" in (options.workdir or ""):
+        options.parser.error(
+            f"--workdir {options.workdir}: must be a directory; mount a bucket, with gcsfuse or "
+            "mountpoint-s3, and name the place"
+        )
+    place = distributed.find_place(options.coordinator, options.num_processes, options.process_id)
+    distributed.join(place, peer_timeout=options.peer_timeout)
     workdir = options.workdir or os.path.join("runs", options.config.stem)
     resumes = any(Path(workdir, "checkpoints").glob("[0-9]*/manifest.json"))
     try:
@@ -107,5 +135,5 @@ def run(options: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> in
             accept_config_changes=options.accept_config_changes,
         )
     except ConfigError as error:
-        print(f"{options.config}: {error}", file=sys.stderr)
+        print(f"{distributed.who()}{options.config}: {error}", file=sys.stderr, flush=True)
         return 2

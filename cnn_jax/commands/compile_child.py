@@ -119,6 +119,7 @@ def compile_step(request: Mapping[str, Any]) -> dict[str, Any]:
                 "count": each.count,
                 "bytes": each.bytes,
                 "group_size": each.group_size,
+                "sent_bytes": each.sent_bytes,
             }
             for each in hlo.collectives(program)
         ],

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict
 from jax.sharding import NamedSharding
 
 from cnn_jax.commands.evaluate import STEPS_IN_FLIGHT, evaluate
@@ -21,7 +22,7 @@ from cnn_jax.data.pipeline import BatchIterator, train_batches
 from cnn_jax.data.sources import Source, fingerprint, open_source
 from cnn_jax.errors import UserError
 from cnn_jax.plan import Plan, make_plan
-from cnn_jax.runtime import executables
+from cnn_jax.runtime import distributed, executables
 from cnn_jax.runtime.checkpoint import Checkpoints
 from cnn_jax.runtime.compiler import CompilationCounter, compile_program
 from cnn_jax.runtime.files import write_atomically
@@ -77,8 +78,19 @@ def train(
         the loss is no longer a finite number.
     """
     clock = Clock()
-    plan = make_plan(config)
     directory = Path(workdir)
+    distributed.agree(
+        "code, configuration or devices",
+        lambda: {
+            **versions(),
+            "source of cnn_jax": distributed.source_digest(),
+            "devices": jax.local_device_count(),
+            "--workdir": str(directory),
+            "--accept-config-changes": accept_config_changes,
+            **flatten_dict(config.as_dict(), sep="."),
+        },
+    )
+    plan = make_plan(config)
     _say(f"{plan.describe()}\nworkdir    {directory}")
     if dry_run:
         for step in STEPS:
@@ -87,14 +99,16 @@ def train(
         _say("dry run: the configuration is good and its steps can be built; nothing was written")
         return 0
     try:
-        with StopSignals() as stop, claim(directory):
+        with distributed.stop_signals() as stop, claim(directory), distributed.explained():
             watchdog = Watchdog(step_timeout)
             return _train_in(
                 directory, plan, clock, stop, watchdog, compiled, accept_config_changes
             )
     except Interrupted as interrupted:
         _say("stopped before training began; the same command starts again")
-        return 128 + interrupted.signum
+        code = 128 + interrupted.signum
+        distributed.leave(code, f"stopped by {interrupted} before training began")
+        return code
     except OSError as error:
         raise UserError(
             f"cannot write to {directory}: {error}. Make room or choose another --workdir, and "
@@ -112,12 +126,7 @@ def _train_in(
     accept_config_changes: bool,
 ) -> int:
     config = plan.config.as_dict()
-    before = read_config(directory)
-    if before is None and read_rows(directory / METRICS):
-        raise UserError(
-            f"{directory} holds a {METRICS} but no configuration, so it is not a run of this "
-            "program. Choose another --workdir"
-        )
+    before = distributed.from_first("the run's configuration", lambda: _config_of(directory))
     changes = differences(before, config) if before else []
     if changes and not accept_config_changes:
         raise UserError(
@@ -137,6 +146,7 @@ def _train_in(
             )
         )
         step = checkpoints.latest_step() or 0
+        distributed.agree(f"the contents of {directory}", lambda: {"newest checkpoint": step})
         if before and not step:
             _say(f"{directory} holds no good checkpoint: training starts from the beginning")
         metrics = stack.enter_context(contextlib.closing(MetricsLog(directory, resume_step=step)))
@@ -152,6 +162,17 @@ def _train_in(
         if config != before:
             write_config(directory, config)
         return training.run()
+
+
+def _config_of(directory: Path) -> dict[str, Any] | None:
+    """Returns the configuration of the run in the directory; None where there is no run yet."""
+    config = read_config(directory)
+    if config is None and read_rows(directory / METRICS):
+        raise UserError(
+            f"{directory} holds a {METRICS} but no configuration, so it is not a run of this "
+            "program. Choose another --workdir"
+        )
+    return config
 
 
 class NotFiniteError(Exception):
@@ -199,6 +220,7 @@ class _Training:
                     self.train_source, batch_size=plan.config.batch_size, seed=plan.config.seed
                 ),
             }
+            distributed.agree("data", lambda: self.record["data"])
             if not compiled:
                 _say("compiling the training and the evaluation step")
             wait = _compile_together(plan, compiled)
@@ -254,6 +276,7 @@ class _Training:
                 self._rewind(error)
             else:
                 break
+        self.stop.finish()
         self.checkpoints.wait()
 
     def _train_from_here(self) -> None:
@@ -500,7 +523,7 @@ def _compile_together(
     def timed(step: str) -> tuple[jax.stages.Compiled, float]:
         lowered = plan.lower(step)
         program = _saved_program(plan, step, lowered, saved)
-        program = program or compile_program(lowered, plan.compiler.options)
+        program = program or compile_program(lowered, plan.compiler.options, name=step)
         return program, time.perf_counter() - start
 
     futures = [executor.submit(timed, step) for step in STEPS]
@@ -560,6 +583,8 @@ def _summarize(
     compilations: CompilationCounter | None = None,
 ) -> None:
     """Prints how the run ended and where things are; draws the curves. Safe to do again."""
+    if not distributed.is_first():
+        return
     tested = [row for row in metrics.rows if "test/accuracy" in row]
     final, best = tested[-1], max(tested, key=lambda row: (row[best_by], row["step"]))
     path = directory / "summary.json"
@@ -608,4 +633,5 @@ def _kept(compilations: CompilationCounter | None) -> str:
 
 
 def _say(text: str) -> None:
-    print(f"{text}\n", end="", flush=True)  # in one piece: two threads may speak
+    if distributed.is_first():
+        print(f"{text}\n", end="", flush=True)  # in one piece: two threads may speak

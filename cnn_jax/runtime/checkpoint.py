@@ -19,6 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from orbax.checkpoint import checkpoint_managers
 
 from cnn_jax.errors import UserError
+from cnn_jax.runtime.distributed import from_first, is_first
 from cnn_jax.runtime.files import write_atomically
 from cnn_jax.training.state import TrainState
 from cnn_jax.training.statistics import fit_statistics
@@ -72,11 +73,20 @@ class Checkpoints:
         self._directory = directory.absolute()
         self._log = log
         self._saving: int | None = None
-        self._set_damaged_aside()
+        if is_first():
+            self._directory.mkdir(parents=True, exist_ok=True)
+            self._set_damaged_aside()
+        from_first("whole checkpoints", lambda: None)
+        processes = jax.process_count()
         self._manager = ocp.CheckpointManager(
             self._directory,
             item_names=("state", "record"),
             options=ocp.CheckpointManagerOptions(
+                create=False,
+                # Named, they meet without a collective of the devices, which could overtake a step.
+                multiprocessing_options=ocp.options.MultiprocessingOptions(
+                    active_processes=set(range(processes)) if processes > 1 else None
+                ),
                 preservation_policy=checkpoint_managers.AnyPreservationPolicy(
                     [
                         checkpoint_managers.LatestN(keep),

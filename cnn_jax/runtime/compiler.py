@@ -18,6 +18,7 @@ from typing import Any
 import jax
 
 from cnn_jax.errors import UserError
+from cnn_jax.runtime.distributed import any_of
 from cnn_jax.training.miscompile import may_be_wrong
 
 Options = Mapping[str, bool | str]
@@ -107,16 +108,19 @@ def _is_known(name: str, value: bool | str, device: Any) -> bool:
 
 
 def compile_program(
-    lowered: jax.stages.Lowered, options: Options | None = None
+    lowered: jax.stages.Lowered, options: Options | None = None, *, name: str = "program"
 ) -> jax.stages.Compiled:
     """Returns the program, compiled with `options`, free of a known defect of XLA on the CPU.
 
     A program that has the mark of that defect is compiled again without the optimisation at
-    fault; the others keep it. See `cnn_jax.training.miscompile`.
+    fault; the others keep it. See `cnn_jax.training.miscompile`. The processes of a run compile the
+    programs of one `name` in the same order, and all again where one has to.
     """
     options = dict(options or {})
     compiled = lowered.compile(compiler_options=options)
-    if _platform(compiled) == "cpu" and may_be_wrong(compiled.as_text() or ""):
+    if _platform(compiled) == "cpu" and any_of(
+        f"compiling again {name}", may_be_wrong(compiled.as_text() or "")
+    ):
         compiled = lowered.compile(compiler_options={**options, **WITHOUT_FUSED_REDUCTIONS})
         if may_be_wrong(compiled.as_text() or ""):
             raise UserError(

@@ -70,6 +70,9 @@ class StopSignals:
         if self.received is not None:
             raise Interrupted(self.received)
 
+    def finish(self) -> None:
+        """Says that no `check` follows."""
+
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         first = self.received is None
         self.received = self.received or signum

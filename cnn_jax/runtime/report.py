@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+from cnn_jax.runtime.distributed import from_first, is_first
 from cnn_jax.runtime.files import write_atomically
 
 METRICS = "metrics.jsonl"
@@ -53,7 +54,8 @@ class MetricsLog:
     """The record of a run in its directory: `metrics.jsonl`, and TensorBoard event files.
 
     Attributes:
-      rows: all rows so far, earlier starts of the run included.
+      rows: all rows so far, earlier starts of the run included; the first process of a run writes
+        them, and others know those of the step it resumes from and what follows.
     """
 
     def __init__(self, directory: Path, *, resume_step: int) -> None:
@@ -62,8 +64,10 @@ class MetricsLog:
         With the first row that is written, rows behind that step are dropped, and so is a last line
         torn by a kill: the run writes them again.
         """
-        rows = read_rows(directory / METRICS)
-        self.rows: list[Row] = [row for row in rows if row["step"] <= resume_step]
+        rows = read_rows(directory / METRICS) if is_first() else []
+        rows = [row for row in rows if row["step"] <= resume_step]
+        last = from_first("rows", lambda: [row for row in rows if row["step"] == resume_step])
+        self.rows: list[Row] = [*(rows if is_first() else last)]
         self._directory = directory
         self._resume_step = resume_step
 
@@ -82,10 +86,11 @@ class MetricsLog:
     def write(self, step: int, values: Row) -> None:
         """Adds one row; it is on its way to the disk when this returns."""
         row = {"step": step, **values}
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        if is_first():
+            self._file.write(json.dumps(row) + "\n")
+            self._file.flush()
+            self._events.write(step, values)
         self.rows.append(row)
-        self._events.write(step, values)
 
     def at(self, step: int, name: str) -> float | None:
         """Returns the value of this name that was written at `step`, if one was."""
@@ -149,7 +154,10 @@ def read_rows(path: Path) -> list[dict[str, float]]:
 
 
 class Progress:
-    """A progress bar on a terminal; elsewhere (a log, a pipe) plain lines."""
+    """A progress bar on a terminal; elsewhere (a log, a pipe) plain lines.
+
+    Of several processes only the first shows anything.
+    """
 
     def __init__(self, total_steps: int, *, first_step: int, stream: TextIO | None = None) -> None:
         self._stream = sys.stdout if stream is None else stream
@@ -157,7 +165,7 @@ class Progress:
         self._start = time.perf_counter()
         self._first = first_step
         self._bar: Any = None
-        if self._stream.isatty():
+        if is_first() and self._stream.isatty():
             from tqdm import tqdm
 
             self._bar = tqdm(
@@ -191,7 +199,7 @@ class Progress:
         """Prints a line of its own, above the bar where there is one."""
         if self._bar is not None:
             self._bar.write(text, file=self._stream)
-        else:
+        elif is_first():
             print(text, file=self._stream, flush=True)
 
     def close(self) -> None:

@@ -15,9 +15,14 @@ AXES = ("data", "fsdp")
 def make_mesh(*, data: int = -1, fsdp: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
     """Returns a mesh of all devices with axes `data` and `fsdp`; one size may be -1, the rest.
 
+    The devices of a process follow one another, whatever the order they are given in: so its part
+    of a batch is one piece, and `fsdp` gathers within a host where it can.
+
     Raises ValueError where the sizes do not multiply to the number of devices.
     """
-    devices = jax.devices() if devices is None else devices
+    devices = sorted(
+        jax.devices() if devices is None else devices, key=lambda device: device.process_index
+    )
     known = max(data, 1) * max(fsdp, 1)
     sizes = [len(devices) // known if size == -1 else size for size in (data, fsdp)]
     if data == fsdp == -1 or min(sizes) < 1 or sizes[0] * sizes[1] != len(devices):

@@ -1,4 +1,4 @@
-"""The directory of one run: one process at a time, one configuration for its life."""
+"""The directory of one run: one run at a time, one configuration for its life."""
 
 import contextlib
 import json
@@ -9,6 +9,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from cnn_jax.errors import UserError
+from cnn_jax.runtime.distributed import is_first
 from cnn_jax.runtime.files import write_atomically
 
 CONFIG = "config.json"
@@ -17,10 +18,13 @@ SKIPPED = "skipped.json"
 
 @contextlib.contextmanager
 def claim(directory: Path) -> Iterator[None]:
-    """Makes the directory and holds it for this process.
+    """Makes the directory and holds it for this process, the first of its run.
 
     Raises UserError where it cannot be written, or another process holds it.
     """
+    if not is_first():
+        yield
+        return
     try:
         directory.mkdir(parents=True, exist_ok=True)
         lock = FileLock(directory / ".lock")
@@ -56,7 +60,8 @@ def read_config(directory: Path) -> dict[str, Any] | None:
 
 def write_config(directory: Path, config: Mapping[str, Any]) -> None:
     """Keeps the configuration of the run in its directory."""
-    write_atomically(directory / CONFIG, json.dumps(config, indent=2) + "\n")
+    if is_first():
+        write_atomically(directory / CONFIG, json.dumps(config, indent=2) + "\n")
 
 
 def read_skipped(directory: Path) -> dict[int, str]:
@@ -72,7 +77,8 @@ def read_skipped(directory: Path) -> dict[int, str]:
 
 def write_skipped(directory: Path, skipped: Mapping[int, str]) -> None:
     """Keeps the steps that the run does not train on in its directory."""
-    write_atomically(directory / SKIPPED, json.dumps(skipped, indent=2) + "\n")
+    if is_first():
+        write_atomically(directory / SKIPPED, json.dumps(skipped, indent=2) + "\n")
 
 
 def _text(path: Path) -> str:

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -112,6 +113,29 @@ class Trainer:
         self._children.append(child)
         return child
 
+    def start_two(
+        self,
+        workdir: Path,
+        *flags: str,
+        of_each: Sequence[Mapping[str, Any]] = ({}, {}),
+        environment: Mapping[str, str] | None = None,
+    ) -> list[Child]:
+        """Returns the two processes of a run; `of_each` may give flags and options of each."""
+        place = [f"--coordinator=127.0.0.1:{free_port()}", "--num-processes=2"]
+        patience = "--peer-timeout=30"
+        children = []
+        for index, own in enumerate(of_each):
+            options = {"environment": environment, **own}
+            own_flags = options.pop("flags", ())
+            told = [*place, f"--process-id={index}", patience]
+            children.append(self.start(workdir, *flags, *told, *own_flags, **options))
+        return children
+
+    def run_two(self, workdir: Path, *flags: str, **options: Any) -> tuple[list[int], list[str]]:
+        """Returns the exit codes and the outputs of two processes that are left alone."""
+        children = self.start_two(workdir, *flags, **options)
+        return [child.end() for child in children], [child.output for child in children]
+
     def run(self, workdir: Path, *flags: str, **options: Any) -> tuple[int, str]:
         """Returns the exit code and the output of a process that is left alone."""
         child = self.start(workdir, *flags, **options)
@@ -120,6 +144,12 @@ class Trainer:
     def kill_all(self) -> None:
         for child in self._children:
             child.kill()
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
 
 
 def saved_steps(workdir: Path) -> list[int]:

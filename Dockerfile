@@ -1,0 +1,14 @@
+# docker build -t cnn_jax .                      for NVIDIA GPUs, with the CUDA that JAX brings
+# docker build -t cnn_jax --build-arg EXTRA=tpu . for TPUs
+# docker run --gpus all --shm-size=1g -v $PWD/runs:/app/runs cnn_jax --config configs/quickstart.py
+FROM python:3.12-slim
+
+ARG EXTRA=cuda12
+WORKDIR /app
+COPY pyproject.toml README.md LICENSE ./
+COPY cnn_jax cnn_jax
+RUN pip install --no-cache-dir -e ".[$EXTRA]"
+COPY configs configs
+COPY train.py ./
+
+ENTRYPOINT ["python", "train.py"]

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 from cnn_jax import __version__
 from cnn_jax.cli import compile as compile_
 from cnn_jax.cli import convert as convert_
+from cnn_jax.cli import data as data_
 from cnn_jax.cli import inspect as inspect_
 from cnn_jax.cli import train as train_
 from cnn_jax.cli.config_files import split_overrides
@@ -19,7 +20,7 @@ from cnn_jax.errors import UsageError, UserError, nearest
 from cnn_jax.runtime import distributed
 from cnn_jax.runtime.compiler import start_cache
 
-COMMANDS = (train_, inspect_, convert_, compile_)
+COMMANDS = (train_, inspect_, convert_, compile_, data_)
 """In the order of the help: each has `add`, for its flags, and `run`."""
 
 EPILOG = """\

@@ -22,7 +22,7 @@ from typing import Annotated, Any, cast, get_args, get_origin, get_type_hints
 import jax
 import jax.numpy as jnp
 
-from cnn_jax.data.datasets import DATASETS, DatasetInfo, dataset_info, split_range
+from cnn_jax.data.datasets import NAMES, DatasetInfo, dataset_info, split_range
 from cnn_jax.errors import UserError, nearest
 from cnn_jax.models import MODELS, create_model, model_class
 from cnn_jax.models.classifier import REMATS
@@ -109,17 +109,29 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    name: Annotated[str, OneOf(DATASETS)]
+    name: Annotated[str, OneOf(NAMES)]
     train_split: str
     test_split: str
     data_dir: str
     source_dir: str
+    image_size: AtLeastZero
+    crop_min_area: Annotated[float, Bound(">", 0), Bound("<=", 1)]
+    eval_fraction: Annotated[float, Bound(">", 0), Bound("<=", 1)]
     memory_limit_mb: AtLeastZero
     num_threads: AtLeastOne
     prefetch: AtLeastOne
     on_bad_record: Annotated[str, OneOf(("raise", "skip"))]
     mean: tuple[float, ...]
     std: tuple[Positive, ...]
+
+    def dataset(self) -> DatasetInfo:
+        """Returns what is known of the data set; raises UserError where it must be found first."""
+        return dataset_info(
+            self.name,
+            data_dir=self.data_dir,
+            source_dir=self.source_dir,
+            image_size=self.image_size,
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -276,8 +288,12 @@ def parse(values: Mapping[str, Any], *, num_devices: int, check_weights: bool = 
     arguments = [key for key in given if key.startswith("model.") and key != "model.name"]
     if all(key in good for key in arguments):
         good["model.arguments"] = {key.removeprefix("model."): good[key] for key in arguments}
-    if "data.name" in good:
-        good["dataset"] = dataset_info(good["data.name"])
+    if all(key in good for key in _DATASET_KEYS):
+        name, *where = (good[key] for key in _DATASET_KEYS)
+        try:
+            good["dataset"] = dataset_info(name, **dict(zip(_DATASET_WHERE, where, strict=True)))
+        except UserError as error:
+            problems.append(f"data.name = {name!r}: {error}")
     good["num_devices"] = num_devices
     if check_weights and good.get("init_from"):
         good["check_weights"] = True
@@ -597,6 +613,9 @@ _RULES: Sequence[tuple[Sequence[str], Callable[..., Iterable[str]]]] = (
     ),
 )
 """Each rule between values, behind the values that it needs: it is silent while one is wrong."""
+
+_DATASET_WHERE = ("data_dir", "source_dir", "image_size")
+_DATASET_KEYS = ("data.name", *(f"data.{key}" for key in _DATASET_WHERE))
 
 _LISTS = (tuple, list, collections.abc.Sequence)
 _CLASSES = {bool: bool, int: numbers.Integral, float: numbers.Real, str: str}

@@ -15,7 +15,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
 from cnn_jax.config import Config
-from cnn_jax.data.datasets import DatasetInfo, dataset_info, split_range
+from cnn_jax.data.datasets import DatasetInfo, split_range
 from cnn_jax.data.pipeline import steps_at_epoch_end
 from cnn_jax.models import create_model
 from cnn_jax.models.geometry import grouped, layers, table
@@ -310,7 +310,8 @@ def _loss(config: Config) -> Loss:
     )
 
 
-def _augment(config: Config) -> Augment:
+def augmentation(config: Config) -> Augment:
+    """Returns what changes training images before they are normalised."""
     augment = config.augment
     return make_augment(
         crop_padding=augment.crop_padding,
@@ -342,7 +343,7 @@ def make_model(config: Config, *, batch_norm_group_size: int | None = None) -> A
     """Returns the linen module that `config` describes."""
     return create_model(
         config.model.name,
-        num_classes=dataset_info(config.data.name).num_classes,
+        num_classes=config.data.dataset().num_classes,
         dtype=jnp.dtype(config.precision),
         remat=config.remat,
         batch_norm_group_size=batch_norm_group_size,
@@ -355,7 +356,7 @@ def make_plan(config: Config, *, devices: Sequence[Any] | None = None) -> Plan:
 
     It is on this machine's devices, or on `devices`, which may be those of a described topology.
     """
-    dataset = dataset_info(config.data.name)
+    dataset = config.data.dataset()
     train_examples = len(split_range(dataset, config.data.train_split)[1])
     total_steps = steps_at_epoch_end(
         config.num_epochs, num_examples=train_examples, batch_size=config.batch_size
@@ -428,7 +429,7 @@ def make_plan(config: Config, *, devices: Sequence[Any] | None = None) -> Plan:
             tx,
             loss=_loss(config),
             normalize=prepare,
-            augment=_augment(config),
+            augment=augmentation(config),
             mix=_mix(config, dataset.num_classes),
             average=moving_average(decay) if decay else lambda state: state,
             frozen=frozen,

@@ -38,11 +38,14 @@ def get_config() -> Any:  # a ConfigDict, whose attributes a type checker cannot
     config.train_only = ()  # patterns of parameters, such as ("head", "stage4_.*"); empty: all
 
     config.data = ConfigDict(type_safe=False)
-    config.data.name = "fashion_mnist_10k"  # a name in cnn_jax.data.datasets.DATASETS
+    config.data.name = "fashion_mnist_10k"  # a name in cnn_jax.data.datasets.NAMES
     config.data.train_split = "train"  # trained on; a slice such as train[:50%] will do
     config.data.test_split = "test"  # evaluated on
     config.data.data_dir = ""  # where prepared data sets are kept; empty: TFDS's own default
-    config.data.source_dir = ""  # where the official files already lie; empty: nowhere
+    config.data.source_dir = ""  # where the files already lie; folder, csv, tar ... need it
+    config.data.image_size = 0  # pixels of a side, where images are of many sizes; 0: 224
+    config.data.crop_min_area = 0.08  # likewise: least share of an image in a random crop
+    config.data.eval_fraction = 0.875  # likewise: the central crop's share of the shorter side
     config.data.memory_limit_mb = 1024  # MiB; a larger split is read from disk batch by batch
     config.data.num_threads = 2  # threads that make batches, on each host
     config.data.prefetch = 4  # batches made ahead of the step

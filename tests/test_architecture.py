@@ -34,6 +34,7 @@ MAY_IMPORT = {  # of the package, by part; every part may import itself
         "plan",
         "commands.compile",
         "commands.convert",
+        "commands.data",
         "commands.inspect",
         "commands.train",
     },

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cnn_jax.config import Config, ConfigError, differences, override, parse
-from cnn_jax.data.datasets import DATASETS
+from cnn_jax.data.datasets import NAMES
 from cnn_jax.errors import UserError
 from cnn_jax.models import MODELS
 from cnn_jax.training.optim import OPTIMIZERS, SCHEDULES
@@ -115,7 +115,7 @@ MISTAKES = {
     ),
     "unknown data set": (
         {"data.name": "fashion_mnst"},
-        f"data.name = 'fashion_mnst': must be one of {', '.join(map(repr, DATASETS))}"
+        f"data.name = 'fashion_mnst': must be one of {', '.join(map(repr, NAMES))}"
         " (did you mean 'fashion_mnist'?)",
     ),
     "training what is not there": (
@@ -403,12 +403,17 @@ def test_values_become_exactly_the_declared_types():
     assert config.model.arguments["stage_sizes"] == (1, 1)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name != "finetune"])
 def test_every_config_file_parses_and_survives_json(name):
     config = parse(load(name), num_devices=8)
     stored = json.loads(json.dumps(config.as_dict()))
     assert stored == config.as_dict()
     assert parse(stored, num_devices=8) == config
+
+
+def test_finetuning_asks_for_the_images():
+    with pytest.raises(ConfigError, match=r"needs data\.source_dir, the path of the directory"):
+        parse(load("finetune"), num_devices=8)
 
 
 @pytest.mark.parametrize("name", [name for name in CONFIGS if name != "default"])

@@ -20,6 +20,8 @@ HEAVY = (
     "tensorboardX",
     "tqdm",
     "PIL",
+    "cv2",
+    "simplejpeg",
     "filelock",
     "safetensors",
 )

@@ -261,7 +261,8 @@ def largest_batch(
     if capacity is None:
         raise UserError(f"{topology.name}: its memory is not known, so nothing can be too large")
     data = variant.values["data"]
-    most = len(split_range(dataset_info(data["name"]), data["train_split"])[1])
+    where = {key: data[key] for key in ("data_dir", "source_dir", "image_size")}
+    most = len(split_range(dataset_info(data["name"], **where), data["train_split"])[1])
     statistics = BatchNormConfig(**variant.values["batch_norm"])
     group = statistics.group_size(topology.num_devices, topology.num_devices) or 1
     least = variant.values["accumulate_steps"] * math.lcm(topology.num_devices, group)

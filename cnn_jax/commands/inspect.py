@@ -9,7 +9,6 @@ from typing import Any
 import jax.numpy as jnp
 
 from cnn_jax.config import Config
-from cnn_jax.data.datasets import dataset_info
 from cnn_jax.errors import UserError
 from cnn_jax.models import create_model
 from cnn_jax.models.geometry import Layer, grouped, layers, table, total
@@ -28,7 +27,7 @@ def inspect_config(config: Config, *, depth: int = 1, json_file: str | None = No
 
     Raises UserError where the file is already there or cannot be written.
     """
-    image_shape = dataset_info(config.data.name).image_shape
+    image_shape = config.data.dataset().image_shape
     model, dtype = make_model(config), jnp.dtype(config.precision)
     rows = grouped(layers(model, image_shape, dtype=dtype), depth)
     return _show(config.model.name, image_shape, rows, json_file)

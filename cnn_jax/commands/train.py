@@ -19,7 +19,7 @@ from cnn_jax.commands.evaluate import STEPS_IN_FLIGHT, evaluate
 from cnn_jax.config import Config, differences
 from cnn_jax.data.bad_records import SkipBadRecords, open_without_bad_records
 from cnn_jax.data.pipeline import BatchIterator, train_batches
-from cnn_jax.data.sources import Source, fingerprint, open_source
+from cnn_jax.data.sources import Crops, Source, fingerprint, open_source
 from cnn_jax.errors import UserError
 from cnn_jax.plan import Plan, make_plan
 from cnn_jax.runtime import distributed, executables
@@ -219,6 +219,7 @@ class _Training:
                 "data": fingerprint(
                     self.train_source, batch_size=plan.config.batch_size, seed=plan.config.seed
                 ),
+                "class_names": list(self.train_source.info.class_names),
             }
             distributed.agree("data", lambda: self.record["data"])
             if not compiled:
@@ -392,6 +393,12 @@ class _Training:
             data_dir=data.data_dir,
             source_dir=data.source_dir,
             memory_limit_mb=data.memory_limit_mb,
+            crops=Crops(
+                image_size=data.image_size,
+                seed=self.plan.config.seed,
+                min_area=data.crop_min_area,
+                eval_fraction=data.eval_fraction,
+            ),
             log=_say,
         )
 

@@ -45,25 +45,28 @@ class SkipBadRecords:
     def __len__(self) -> int:
         return len(self.source)
 
-    def batch(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+    def batch(self, indices: np.ndarray, epochs: np.ndarray | None = None) -> dict[str, np.ndarray]:
         """Returns the numbered examples, or what stands in for them.
 
         Raises UserError where `LIMIT` records one behind the other are damaged.
         """
         try:
-            return self.source.batch(indices)
+            return self.source.batch(indices, epochs)
         except UserError:  # find out which
-            examples = [self._good_from(int(index)) for index in indices]
+            examples = [
+                self._good_from(int(index), None if epochs is None else epochs[place : place + 1])
+                for place, index in enumerate(indices)
+            ]
             return {name: np.concatenate([each[name] for each in examples]) for name in examples[0]}
 
     def is_good(self, indices: np.ndarray) -> np.ndarray:
         """Returns which of the numbered examples, read before, are their own, bool [n]."""
         return np.array([int(index) not in self.bad for index in indices])
 
-    def _good_from(self, index: int) -> dict[str, np.ndarray]:
+    def _good_from(self, index: int, epoch: np.ndarray | None) -> dict[str, np.ndarray]:
         for number in range(index, index + min(LIMIT, len(self))):
             try:
-                return self.source.batch(np.array([number % len(self)]))
+                return self.source.batch(np.array([number % len(self)]), epoch)
             except UserError as error:
                 self._note(number % len(self), error)
         raise UserError(
@@ -83,6 +86,7 @@ def open_without_bad_records(
 ) -> SkipBadRecords:
     """Returns what `open_source` does of the same arguments, damaged records skipped."""
     source = SkipBadRecords(open_source(name, split, memory_limit_mb=0, log=log, **options), log)
-    if len(source) * math.prod(source.info.image_shape) <= memory_limit_mb * 2**20:
+    size = len(source) * math.prod(source.info.image_shape)
+    if source.info.has_one_size and size <= memory_limit_mb * 2**20:
         return dataclasses.replace(source, source=read_into_memory(source))
     return source

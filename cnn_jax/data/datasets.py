@@ -1,14 +1,20 @@
-"""The data sets by name, with what is known of each without preparing or importing anything."""
+"""The data sets by name, with what is known of each before anything is prepared or decoded."""
 
+import dataclasses
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from cnn_jax.errors import UserError, nearest
 
 
 @dataclass(frozen=True)
 class DatasetInfo:
-    """What a data set holds: `image_shape` is (height, width, channels), `splits` their sizes."""
+    """What a data set holds: `image_shape` is (height, width, channels), `splits` their sizes.
+
+    Images that come in many sizes, `has_one_size` False, are cropped to the shape when read.
+    """
 
     name: str
     version: str
@@ -16,6 +22,7 @@ class DatasetInfo:
     num_classes: int
     splits: Mapping[str, int]
     class_names: tuple[str, ...] = ()
+    has_one_size: bool = True
 
 
 FASHION_MNIST_CLASSES = (
@@ -29,6 +36,19 @@ FASHION_MNIST_CLASSES = (
     "Sneaker",
     "Bag",
     "Ankle boot",
+)
+
+CIFAR10_CLASSES = (
+    "airplane",
+    "automobile",
+    "bird",
+    "cat",
+    "deer",
+    "dog",
+    "frog",
+    "horse",
+    "ship",
+    "truck",
 )
 
 DATASETS = {
@@ -48,6 +68,46 @@ DATASETS = {
         splits={"train": 10_000, "test": 2_000},
         class_names=FASHION_MNIST_CLASSES,
     ),
+    # Of TFDS: a version, its splits and class names as it prepares them.
+    "mnist": DatasetInfo(
+        name="mnist",
+        version="3.0.1",
+        image_shape=(28, 28, 1),
+        num_classes=10,
+        splits={"train": 60_000, "test": 10_000},
+        class_names=tuple("0123456789"),
+    ),
+    "cifar10": DatasetInfo(
+        name="cifar10",
+        version="3.0.2",
+        image_shape=(32, 32, 3),
+        num_classes=10,
+        splits={"train": 50_000, "test": 10_000},
+        class_names=CIFAR10_CLASSES,
+    ),
+    "cifar100": DatasetInfo(
+        name="cifar100",
+        version="3.0.2",
+        image_shape=(32, 32, 3),
+        num_classes=100,
+        splits={"train": 50_000, "test": 10_000},
+    ),
+    "oxford_flowers102": DatasetInfo(
+        name="oxford_flowers102",
+        version="2.1.1",
+        image_shape=(224, 224, 3),
+        num_classes=102,
+        splits={"train": 1_020, "validation": 1_020, "test": 6_149},
+        has_one_size=False,
+    ),
+    "imagenet2012": DatasetInfo(
+        name="imagenet2012",
+        version="5.1.0",
+        image_shape=(224, 224, 3),
+        num_classes=1000,
+        splits={"train": 1_281_167, "validation": 50_000},
+        has_one_size=False,
+    ),
     "synthetic": DatasetInfo(
         name="synthetic",
         version="1.0.0",
@@ -58,14 +118,45 @@ DATASETS = {
 }
 
 
-def dataset_info(name: str) -> DatasetInfo:
-    """Returns what is known of the data set `name`; an unknown one is a UserError with the list."""
-    if name not in DATASETS:
+FOUND = ("folder", "csv", "tar", "records", "tfds")
+"""Kinds of data sets of which nothing is known but what is found at `source_dir`."""
+
+NAMES = (*DATASETS, *FOUND)
+
+
+def dataset_info(
+    name: str, *, data_dir: str = "", source_dir: str = "", image_size: int = 0
+) -> DatasetInfo:
+    """Returns what is known of the data set `name`, of `FOUND` what is found at `source_dir`.
+
+    Images of many sizes become squares of `image_size` pixels, 0 being 224; others keep theirs.
+
+    Raises:
+      UserError: there is no such data set, or no such images at `source_dir`; an `image_size` for a
+        data set whose images are all of another one.
+    """
+    if name in FOUND:
+        from cnn_jax.data.finding import found_info
+
+        info = found_info(name, source_dir=source_dir, data_dir=data_dir)
+    elif name in DATASETS:
+        info = DATASETS[name]
+    else:
         raise UserError(
-            f"no data set is called {name!r}{nearest(name, DATASETS)}; "
-            f"there are {', '.join(DATASETS)}"
+            f"no data set is called {name!r}{nearest(name, NAMES)}; there are {', '.join(NAMES)}"
         )
-    return DATASETS[name]
+    if not image_size or info.image_shape[:2] == (image_size, image_size):
+        return info
+    if info.has_one_size:
+        height, width, _ = info.image_shape
+        raise UserError(f"the images of {name} are all of {height} x {width} pixels; leave it at 0")
+    return dataclasses.replace(info, image_shape=(image_size, image_size, info.image_shape[-1]))
+
+
+def directory_of_sets(data_dir: str) -> Path:
+    """Returns where prepared data sets are kept: `data_dir`, or TFDS's own choice if it is ""."""
+    default = os.environ.get("TFDS_DATA_DIR", os.path.join("~", "tensorflow_datasets"))
+    return Path(data_dir or default).expanduser()
 
 
 def split_range(info: DatasetInfo, split: str) -> tuple[str, range]:
@@ -81,6 +172,7 @@ def split_range(info: DatasetInfo, split: str) -> tuple[str, range]:
         raise UserError(
             f"{info.name} has no split {split!r}{nearest(name, info.splits)}; it has "
             f"{', '.join(info.splits)} and slices of them such as 'train[:1000]'"
+            + ("" if len(info.splits) > 1 else "; hold out a part: train[:90%] and train[90%:]")
         )
     examples = range(info.splits[name])
     if split != name:

@@ -83,7 +83,7 @@ def train_batches(
         index, epoch = batch_indices(
             len(source), batch_size=batch_size, seed=seed, step=step, part=part
         )
-        return {**source.batch(index), "index": index, "epoch": epoch}
+        return {**source.batch(index, epoch), "index": index, "epoch": epoch}
 
     return _iterate(make_batch, range(start_step, stop_step), num_threads, prefetch)
 

@@ -1,5 +1,6 @@
-"""Sources: the examples of one split, by number, from memory, from records or made up."""
+"""Sources: the examples of one split, by number, from memory, records or images, or made up."""
 
+import functools
 import hashlib
 import itertools
 import math
@@ -11,7 +12,11 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from cnn_jax.data.datasets import DatasetInfo, dataset_info, split_range
+from cnn_jax.data.found_images import EncodedImages
 from cnn_jax.errors import UserError
+
+OWN_BUILDERS = ("fashion_mnist", "fashion_mnist_10k")
+"""Data sets that this package prepares itself."""
 
 
 @runtime_checkable
@@ -26,8 +31,11 @@ class Source(Protocol):
 
     def __len__(self) -> int: ...
 
-    def batch(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+    def batch(self, indices: np.ndarray, epochs: np.ndarray | None = None) -> dict[str, np.ndarray]:
         """Returns `image` uint8 [n h w c] and `label` int32 [n] of the numbered examples.
+
+        With `epochs`, int [n], images of many sizes are cropped at random, each as its epoch and
+        number say; without, and in all other sources, an example is always the same.
 
         Raises:
           UserError: a record is damaged; the message names its file and its index in it.
@@ -42,6 +50,7 @@ def open_source(
     data_dir: str = "",
     source_dir: str = "",
     memory_limit_mb: int = 1024,
+    crops: "Crops | None" = None,
     log: Callable[[str], None] = print,
 ) -> Source:
     """Returns the examples of `split` of the data set `name`, prepared first if need be.
@@ -51,18 +60,29 @@ def open_source(
       data_dir: where prepared data sets are kept; "" is TFDS's own choice, `$TFDS_DATA_DIR` or
         `~/tensorflow_datasets`.
       source_dir: the directory of the data set's original files, for one that needs them.
-      memory_limit_mb: a split whose decoded images fit in this many MiB is read into memory once.
+      memory_limit_mb: a split whose decoded images fit in this many MiB is read into memory once,
+        if they are all of one size.
+      crops: how images of many sizes become those of `Crops.image_size`, by default of 224 pixels.
       log: receives one line when there is something to prepare.
 
     Raises:
       UserError: unknown name or split; the original files are missing or wrong; the data set
         cannot be written or is damaged.
     """
-    info = dataset_info(name)
+    crops = crops or Crops()
+    info = dataset_info(name, data_dir=data_dir, source_dir=source_dir, image_size=crops.image_size)
     split_name, examples = split_range(info, split)
     if name == "synthetic":
         return SyntheticSource(info, split, split_name, examples)
-    records = _open_records(info, split, split_name, data_dir, source_dir, log)
+    if name in OWN_BUILDERS:
+        records = _open_records(info, split, split_name, data_dir, source_dir, log)
+    else:
+        from cnn_jax.data.finding import open_found
+
+        opened = open_found(info, split, data_dir=data_dir, source_dir=source_dir)
+        if not isinstance(opened, RecordSource):
+            return ImageSource(opened, crops)
+        records = opened
     if len(records) * math.prod(info.image_shape) <= memory_limit_mb * 2**20:
         return read_into_memory(records)
     return records
@@ -90,6 +110,23 @@ def fingerprint(source: Source, *, batch_size: int, seed: int) -> dict[str, Any]
 
 
 @dataclass(frozen=True)
+class Crops:
+    """How images of many sizes become those of one.
+
+    Attributes:
+      image_size: pixels of a side; 0 is the data set's own.
+      seed: decides, with the epoch and the number of an example, its random crop.
+      min_area: the least share of an image's area that a random crop takes.
+      eval_fraction: the central crop's side as a share of the image's shorter side.
+    """
+
+    image_size: int = 0
+    seed: int = 0
+    min_area: float = 0.08
+    eval_fraction: float = 0.875
+
+
+@dataclass(frozen=True)
 class MemorySource:
     """Decoded examples in memory."""
 
@@ -101,7 +138,8 @@ class MemorySource:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def batch(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+    def batch(self, indices: np.ndarray, epochs: np.ndarray | None = None) -> dict[str, np.ndarray]:
+        del epochs
         return {"image": self.images[indices], "label": self.labels[indices]}
 
 
@@ -117,7 +155,8 @@ class SyntheticSource:
     def __len__(self) -> int:
         return len(self.examples)
 
-    def batch(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+    def batch(self, indices: np.ndarray, epochs: np.ndarray | None = None) -> dict[str, np.ndarray]:
+        del epochs
         numbers = self.examples.start + np.asarray(indices, np.int64)
         labels = (numbers % self.info.num_classes).astype(np.int32)
         images = np.empty((len(numbers), *self.info.image_shape), np.uint8)
@@ -142,6 +181,74 @@ def _random_bytes(shape: tuple[int, ...], key: tuple[int, int]) -> np.ndarray:
     return raw.astype("<u8", copy=False).view(np.uint8)[:size].reshape(shape)
 
 
+@dataclass(frozen=True)
+class Images:
+    """The encoded images of a split: of all that `encoded` has, those that `examples` number."""
+
+    info: DatasetInfo
+    split: str
+    encoded: EncodedImages
+    examples: range
+
+
+class ImageSource:
+    """Encoded images, decoded and cropped when asked for."""
+
+    def __init__(self, images: Images, crops: Crops):
+        # Now rather than in a thread, where an import can meet tensorflow_datasets' own.
+        from cnn_jax.data import images as decoding
+
+        self.info = images.info
+        self.split = images.split
+        self._images = images
+        self._crops = crops
+        self._decoding = decoding
+
+    def __len__(self) -> int:
+        return len(self._images.examples)
+
+    def name(self, index: int) -> str:
+        """Returns where the numbered example is, for a person to find it."""
+        return self._images.encoded.name(self._images.examples[index])
+
+    def read(self, index: int) -> tuple[bytes, int]:
+        """Returns the numbered example's encoded image and its class.
+
+        Raises OSError or ValueError for damage.
+        """
+        data, label = self._images.encoded.read(self._images.examples[index])
+        if not 0 <= label < self.info.num_classes:
+            raise ValueError(f"label {label}: must be 0 to {self.info.num_classes - 1}")
+        return data, label
+
+    def batch(self, indices: np.ndarray, epochs: np.ndarray | None = None) -> dict[str, np.ndarray]:
+        numbers = np.asarray(indices).tolist()
+        images = np.empty((len(numbers), *self.info.image_shape), np.uint8)
+        labels = np.empty(len(numbers), np.int32)
+        for place, index in enumerate(numbers):
+            box_of = self._box_of(index, None if epochs is None else int(epochs[place]))
+            try:
+                data, labels[place] = self.read(index)
+                self._decoding.crop(data, box_of, images[place])
+            except (OSError, ValueError) as error:
+                raise UserError(
+                    f"{self.name(index)}: {error} (example {index} of {self.split})"
+                ) from error
+        return {"image": images, "label": labels}
+
+    def _box_of(self, index: int, epoch: int | None) -> Callable[[int, int], Any]:
+        crops, decoding = self._crops, self._decoding
+        if epoch is None:
+            return functools.partial(decoding.central_box, fraction=crops.eval_fraction)
+        return functools.partial(
+            decoding.random_box,
+            seed=crops.seed,
+            epoch=epoch,
+            index=index,
+            min_area=crops.min_area,
+        )
+
+
 class RecordSource:
     """Examples in array_record files, read when asked for."""
 
@@ -159,7 +266,8 @@ class RecordSource:
     def __len__(self) -> int:
         return self._ends[-1]
 
-    def batch(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+    def batch(self, indices: np.ndarray, epochs: np.ndarray | None = None) -> dict[str, np.ndarray]:
+        del epochs
         try:
             records = self._records.__getitems__(indices.tolist())
             examples = [self._features.deserialize_example_np(record) for record in records]

@@ -136,9 +136,9 @@ def test_a_slow_source_is_waited_for(train_here, tmp_path, monkeypatch):
         def __len__(self):
             return len(self.source)
 
-        def batch(self, indices):
+        def batch(self, indices, epochs=None):
             time.sleep(pause)
-            return self.source.batch(indices)
+            return self.source.batch(indices, epochs)
 
     monkeypatch.setattr(command, "open_source", SlowSource)
     code, output = train_here(tmp_path / "run", "--config.num_epochs=1")

@@ -1,0 +1,254 @@
+"""Data sets: made ready, looked at, and checked image by image."""
+
+import contextlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from cnn_jax.config import Config
+from cnn_jax.data.datasets import DATASETS, directory_of_sets
+from cnn_jax.data.sources import OWN_BUILDERS, Crops, ImageSource, Source, open_source
+from cnn_jax.errors import UserError, nearest
+from cnn_jax.plan import augmentation
+from cnn_jax.runtime.report import Progress
+
+EXAMPLES = 16
+"""Images on a contact sheet."""
+
+SIZED = 1000
+"""Images, evenly spread over a split, whose sizes are looked at."""
+
+WITH_TENSORFLOW = """\
+TFDS prepares {name} with TensorFlow only, or needs a package ({error}). An environment of its own
+does it once; reading needs neither:
+  python -m venv tf && tf/bin/pip install tensorflow tensorflow-datasets
+  tf/bin/python -c "import tensorflow_datasets as tfds; tfds.builder('{name}', \
+data_dir='{root}', file_format='array_record').download_and_prepare()\""""
+
+
+def prepare_named(name: str, *, data_dir: str) -> int:
+    """Downloads and prepares a data set of TFDS as array_record; returns 0.
+
+    Raises UserError, saying what to do, where there is none, it cannot be had, or TFDS needs
+    TensorFlow to prepare it.
+    """
+    root = directory_of_sets(data_dir)
+    if name in OWN_BUILDERS:
+        for split in DATASETS[name].splits:
+            source = open_source(name, split, data_dir=data_dir)
+            print(f"{name}: {split} {len(source):,}")
+        return 0
+    import tensorflow_datasets as tfds
+    from tensorflow_datasets.core.registered import DatasetNotFoundError
+
+    try:
+        builder = tfds.builder(name, data_dir=root, file_format="array_record")
+    except DatasetNotFoundError as error:
+        raise UserError(f"TFDS has no data set {name!r}{nearest(name, DATASETS)}") from error
+    except ImportError as error:
+        text = WITH_TENSORFLOW.format(name=name, error=error, root=root)
+        raise UserError(text) from error
+    directory = Path(builder.data_path)
+    if not builder.is_prepared():
+        print(f"preparing {name} in {directory}", flush=True)
+        try:
+            builder.download_and_prepare()
+        except ImportError as error:
+            text = WITH_TENSORFLOW.format(name=name, error=error, root=root)
+            raise UserError(text) from error
+        except Exception as error:  # of the network, the disk, or files that must be got by hand
+            raise UserError(f"{name} cannot be prepared: {error}") from error
+    sizes = ", ".join(f"{key} {part.num_examples:,}" for key, part in builder.info.splits.items())
+    print(f"{directory}: {sizes}")
+    return 0
+
+
+def prepare_resized(config: Config, directory: Path, *, shorter_side: int, num_threads: int) -> int:
+    """Writes the images of both splits of `config`, made smaller, into `directory`; returns 0.
+
+    Raises UserError where an image is damaged or the directory holds something else.
+    """
+    from cnn_jax.data.resized_records import write_records  # only here: it loads decoders
+
+    sources = {}
+    for split in (config.data.train_split, config.data.test_split):
+        source = _open(config, split)
+        if not isinstance(source, ImageSource):
+            raise UserError(f"the images of {config.data.name} are all of one size already")
+        sources[split.partition("[")[0]] = source
+    if len(sources) < 2:
+        raise UserError(
+            f"{config.data.train_split} and {config.data.test_split} are of one split: write all "
+            "of it with data.train_split=train and a test split of its own, and slice afterwards"
+        )
+    progress = Progress(sum(map(len, sources.values())), first_step=0)
+    done = 0
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        progress.advance(done)
+
+    try:
+        write_records(
+            sources, directory, shorter_side=shorter_side, num_threads=num_threads, advance=advance
+        )
+    except OSError as error:
+        raise UserError(
+            f"cannot write to {directory}: {error}. Make room, and the same command goes on"
+        ) from error
+    finally:
+        progress.close()
+    print(
+        f"{directory}: use it with --config.data.name=records --config.data.source_dir={directory}"
+    )
+    return 0
+
+
+def inspect(config: Config, *, picture: Path | None) -> int:
+    """Prints splits, classes and image sizes; draws examples into `picture` if given; returns 0."""
+    if picture and picture.exists():
+        raise UserError(f"--output {picture}: is already there; name a file that is not")
+    info = config.data.dataset()
+    sizes = ", ".join(f"{split} {count:,}" for split, count in info.splits.items())
+    print(f"{info.name} {info.version}: {info.num_classes} classes; {sizes}")
+    for split in (config.data.train_split, config.data.test_split):
+        source = _open(config, split)
+        _print_split(source)
+        if split == config.data.train_split and picture:
+            _draw(config, source, picture)
+            print(f"  drawn in {picture}")
+    return 0
+
+
+def check(config: Config, *, num_threads: int) -> int:
+    """Reads every image of both splits; prints each that is damaged or odd, with its path and why.
+
+    Returns 1 where one is damaged, else 0.
+    """
+    damaged = odd = 0
+    for line in _strays(config):
+        odd += 1
+        print(line)
+    for split in dict.fromkeys((config.data.train_split, config.data.test_split)):
+        source = _open(config, split)
+        progress = Progress(len(source), first_step=0)
+        with contextlib.closing(progress), ThreadPoolExecutor(num_threads) as pool:
+            for start in range(0, len(source), 1024):
+                part = range(start, min(start + 1024, len(source)))
+                for found in pool.map(lambda index, source=source: _look(source, index), part):
+                    for is_damage, text in found:
+                        damaged, odd = damaged + is_damage, odd + (not is_damage)
+                        progress.say(f"{'DAMAGED' if is_damage else 'note'}  {text}")
+                progress.advance(part.stop)
+        print(f"{split}: {len(source):,} images read")
+    print(f"{damaged} damaged, {odd} notes")
+    return 1 if damaged else 0
+
+
+def _open(config: Config, split: str) -> Source:
+    data = config.data
+    return open_source(
+        data.name,
+        split,
+        data_dir=data.data_dir,
+        source_dir=data.source_dir,
+        memory_limit_mb=0,
+        crops=Crops(data.image_size, config.seed, data.crop_min_area, data.eval_fraction),
+    )
+
+
+def _look(source: Source, index: int) -> list[tuple[bool, str]]:
+    """Returns what is wrong with an image, and whether it is damage."""
+    if not isinstance(source, ImageSource):
+        try:
+            source.batch(np.array([index]))
+        except UserError as error:
+            return [(True, str(error))]
+        return []
+    from cnn_jax.data.checking import damage_of, oddities
+
+    name = source.name(index)
+    try:
+        data, _ = source.read(index)
+    except (OSError, ValueError) as error:
+        return [(True, f"{name}: {error}")]
+    if damage := damage_of(data):
+        return [(True, f"{name}: {damage}")]
+    return [(False, f"{name}: {text}") for text in oddities(data, name)]
+
+
+def _strays(config: Config) -> Iterator[str]:
+    if config.data.name != "folder":
+        return
+    from cnn_jax.data.checking import bad_links, strays
+    from cnn_jax.data.found_images import files_below
+
+    root = Path(config.data.source_dir).expanduser()
+    for path, text in (*strays(root, files_below(root)), *bad_links(root)):
+        yield f"note  {path}: {text}"
+
+
+def _print_split(source: Source) -> None:
+    spread = np.unique(np.linspace(0, len(source) - 1, SIZED).astype(np.int64))
+    if isinstance(source, ImageSource):
+        from cnn_jax.data.images import ImageError, size_of
+
+        sizes, labels = [], []
+        for index in spread:
+            with contextlib.suppress(OSError, ImageError):
+                data, label = source.read(int(index))
+                sizes.append(size_of(data))
+                labels.append(label)
+        heights, widths = zip(*sizes, strict=True)
+        shown = (
+            f"{min(widths)} to {max(widths)} wide (median {int(np.median(widths))}), "
+            f"{min(heights)} to {max(heights)} high (median {int(np.median(heights))})"
+        )
+    else:
+        labels = source.batch(spread)["label"].tolist()
+        shown = " x ".join(map(str, source.info.image_shape))
+    counts = Counter(labels)
+    names = source.info.class_names or tuple(map(str, range(source.info.num_classes)))
+    most, least = (f"{names[k]} {counts[k] / len(labels):.1%}" for k in _extremes(counts, names))
+    print(
+        f"  {source.split}: {len(source):,} images; of {len(labels):,} looked at: {shown}; "
+        f"most {most}, least {least}"
+    )
+
+
+def _extremes(counts: Counter[int], names: Sequence[str]) -> tuple[int, int]:
+    by_count = sorted(range(len(names)), key=lambda label: counts[label])
+    return by_count[-1], by_count[0]
+
+
+def _draw(config: Config, source: Source, path: Path) -> None:
+    """Draws training images in pairs: as evaluation would see them, and as training does."""
+    from matplotlib.figure import Figure  # where used: it is slow to import
+
+    index = np.linspace(0, len(source) - 1, min(EXAMPLES, len(source))).astype(np.int32)
+    epoch = np.zeros_like(index)
+    before, after = source.batch(index), _augmented(config, source.batch(index, epoch), index)
+    names = source.info.class_names or tuple(map(str, range(source.info.num_classes)))
+    figure = Figure(figsize=(16, 9), layout="constrained")
+    figure.suptitle(f"{config.data.name}, {source.split}: each image before and after augmentation")
+    axes: Any = figure.subplots(4, EXAMPLES // 2)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for place, label in enumerate(before["label"]):
+        row, column = divmod(place, EXAMPLES // 2)
+        axes[2 * row, column].set_title(names[label], fontsize=9)
+        for below, pixels in enumerate((before["image"][place], after[place])):
+            axes[2 * row + below, column].imshow(pixels.squeeze(), cmap="gray", vmin=0, vmax=255)
+    figure.savefig(path, dpi=100)
+
+
+def _augmented(config: Config, batch: dict[str, np.ndarray], index: np.ndarray) -> np.ndarray:
+    augment = augmentation(config)
+    images = augment(batch["image"], jax.random.key(config.seed), np.zeros_like(index), index)
+    return np.clip(np.asarray(images), 0, 255).astype(np.uint8)

@@ -1,0 +1,159 @@
+"""Encoded images to uint8 pixels of one size: decoding, the random crop and the central one.
+
+One rule for every decoder: 8-bit RGB, the first frame, no alpha; an EXIF rotation is ignored, as
+torchvision and TFDS ignore it.
+"""
+
+import io
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+import simplejpeg
+from PIL import Image, UnidentifiedImageError
+
+cv2.setNumThreads(0)  # each of our own threads makes a whole batch
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+"""What a file's name must end with, in either case, to be taken for an image."""
+
+MAX_PIXELS = 100_000_000
+"""A larger image is refused before it is decoded: a few bytes can claim any size."""
+
+JPEG, PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
+_BY_LIBJPEG = ("YCbCr", "RGB", "Gray")  # what it converts to RGB, unlike CMYK
+_AS_RGB = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
+
+
+class ImageError(ValueError):
+    """Why an encoded image cannot be used."""
+
+
+class Box(NamedTuple):
+    """A part of an image, in pixels."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+
+BoxOf = Callable[[int, int], Box]
+"""Returns the part to take of an image of this height and width."""
+
+
+def size_of(data: bytes) -> tuple[int, int]:
+    """Returns the height and width that the header of an encoded image claims.
+
+    Raises ImageError where it is not an image, or larger than `MAX_PIXELS`.
+    """
+    try:
+        if data.startswith(JPEG):
+            height, width = map(int, simplejpeg.decode_jpeg_header(data)[:2])
+        elif data.startswith(PNG):
+            width, height = (int.from_bytes(data[at : at + 4], "big") for at in (16, 20))
+        else:
+            with Image.open(io.BytesIO(data)) as image:
+                width, height = image.size
+    except UnidentifiedImageError as error:
+        raise ImageError("not an image of a kind that can be read") from error
+    except (ValueError, OSError, Image.DecompressionBombError) as error:
+        raise ImageError(f"not an image that can be read ({error})") from error
+    if not 0 < height * width <= MAX_PIXELS:
+        raise ImageError(f"{width} x {height} pixels: must be 1 to {MAX_PIXELS:,} in all")
+    return height, width
+
+
+def decode(data: bytes, *, min_height: int = 0, min_width: int = 0) -> np.ndarray:
+    """Returns the pixels, uint8 [h w 3].
+
+    A JPEG may come at a half, a quarter or an eighth of its size, down to the given least height
+    and width; 0 is its full size.
+
+    Raises ImageError for damage, as far as its format can tell, and for what `size_of` refuses.
+    """
+    size_of(data)
+    try:
+        if data.startswith(JPEG) and simplejpeg.decode_jpeg_header(data)[2] in _BY_LIBJPEG:
+            return simplejpeg.decode_jpeg(data, "RGB", min_height=min_height, min_width=min_width)
+        pixels = cv2.imdecode(np.frombuffer(data, np.uint8), _AS_RGB)
+    except (ValueError, cv2.error) as error:
+        raise ImageError(f"damaged ({' '.join(str(error).split())})") from error
+    if pixels is None:
+        raise ImageError("damaged, cut short, or of a kind that cannot be read")
+    return pixels
+
+
+def crop(data: bytes, box_of: BoxOf, out: np.ndarray) -> None:
+    """Writes a part of an encoded image, resized to fill it, into `out`, uint8 [h w 3].
+
+    Where that halves the part or more, pixels are averaged; else it is bilinear.
+
+    Raises what `decode` raises.
+    """
+    height, width = size_of(data)
+    box = box_of(height, width)
+    pixels = decode(
+        data,
+        min_height=min(height, math.ceil(out.shape[0] * height / box.height)),
+        min_width=min(width, math.ceil(out.shape[1] * width / box.width)),
+    )
+    down, across = pixels.shape[0] / height, pixels.shape[1] / width
+    top, left = int(box.top * down), int(box.left * across)
+    rows, columns = max(1, round(box.height * down)), max(1, round(box.width * across))
+    part = pixels[top : top + rows, left : left + columns]
+    halves = part.shape[0] >= 2 * out.shape[0] and part.shape[1] >= 2 * out.shape[1]
+    method = cv2.INTER_AREA if halves else cv2.INTER_LINEAR
+    cv2.resize(part, (out.shape[1], out.shape[0]), dst=out, interpolation=method)
+
+
+def central_box(height: int, width: int, *, fraction: float) -> Box:
+    """Returns the central square whose side is this fraction of the image's shorter side."""
+    side = max(1, round(fraction * min(height, width)))
+    return Box((height - side) // 2, (width - side) // 2, side, side)
+
+
+RATIO = (3 / 4, 4 / 3)
+TRIES = 10
+
+
+def random_box(
+    height: int, width: int, *, seed: int, epoch: int, index: int, min_area: float
+) -> Box:
+    """Returns the box of torchvision's RandomResizedCrop, a function of (seed, epoch, index).
+
+    Its area is uniform between `min_area` and 1 of the image's, the logarithm of its width to
+    height uniform between those of `RATIO`; of ten such boxes it is the first that fits, else the
+    largest central one within the ratios. Szegedy et al. (2014), 1409.4842.
+    """
+    # A counter apart from that of the epochs' orders. NumPy keeps the raw stream for ever.
+    key = np.array([seed, epoch << 32 | index], np.uint64)
+    raw = np.random.Philox(key=key, counter=1 << 192).random_raw(4 * TRIES)
+    uniform = ((raw >> 11) * 2.0**-53).tolist()
+    low, high = (math.log(ratio) for ratio in RATIO)
+    for a, r, y, x in zip(*[iter(uniform)] * 4, strict=True):
+        area = height * width * (min_area + (1 - min_area) * a)
+        ratio = math.exp(low + (high - low) * r)
+        rows, columns = round(math.sqrt(area / ratio)), round(math.sqrt(area * ratio))
+        if 0 < rows <= height and 0 < columns <= width:
+            return Box(int(y * (height - rows + 1)), int(x * (width - columns + 1)), rows, columns)
+    rows = min(height, round(width / RATIO[0]))
+    columns = min(width, round(height * RATIO[1]))
+    return Box((height - rows) // 2, (width - columns) // 2, rows, columns)
+
+
+def shrink(data: bytes, shorter_side: int, *, quality: int) -> bytes:
+    """Returns an image whose shorter side is `shorter_side` pixels at most, as JPEG if it had more.
+
+    Raises what `decode` raises.
+    """
+    height, width = size_of(data)
+    pixels = decode(data)  # in any case, to meet damage here rather than in a training
+    factor = shorter_side / min(height, width)
+    if factor >= 1:
+        return data
+    size = (max(1, round(width * factor)), max(1, round(height * factor)))
+    smaller = cv2.resize(pixels, size, interpolation=cv2.INTER_AREA)
+    return simplejpeg.encode_jpeg(smaller, quality=quality)

@@ -1,0 +1,199 @@
+"""Decoding and cropping against Pillow, NumPy and torchvision's published rule."""
+
+import functools
+import io
+import math
+import struct
+import zlib
+
+import numpy as np
+import pytest
+import simplejpeg
+from PIL import Image
+
+from cnn_jax.data.images import (
+    MAX_PIXELS,
+    Box,
+    ImageError,
+    central_box,
+    crop,
+    decode,
+    random_box,
+    shrink,
+    size_of,
+)
+
+
+def smooth(height: int, width: int) -> np.ndarray:
+    """A picture without hard edges, so that decoders and resizers agree closely."""
+    y, x = np.mgrid[:height, :width]
+    waves = [np.sin(x / 37 + k) + np.cos(y / 29 + 2 * k) for k in range(3)]
+    return np.uint8(127.5 + 60 * np.stack(waves, axis=-1))
+
+
+def encoded(pixels: np.ndarray | Image.Image, kind: str, **options) -> bytes:
+    file = io.BytesIO()
+    image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def worst(left: np.ndarray, right: np.ndarray) -> int:
+    return int(np.abs(left.astype(int) - right.astype(int)).max())
+
+
+@pytest.mark.parametrize("kind", ["PNG", "BMP"])
+def test_lossless_kinds_come_back_exactly(kind):
+    pixels = smooth(40, 60)
+    np.testing.assert_array_equal(decode(encoded(pixels, kind)), pixels)
+
+
+def test_jpeg_is_what_pillow_decodes():
+    data = encoded(smooth(120, 90), "JPEG", quality=90)
+    with Image.open(io.BytesIO(data)) as image:
+        assert worst(decode(data), np.asarray(image)) <= 1
+
+
+def test_everything_becomes_rgb_of_8_bits():
+    pixels = smooth(30, 50)
+    grey = pixels[..., 0]
+    as_rgb = np.repeat(grey[..., None], 3, axis=2)
+    np.testing.assert_array_equal(decode(encoded(grey, "PNG")), as_rgb)
+    assert worst(decode(encoded(grey, "JPEG", quality=100)), as_rgb) <= 3
+    np.testing.assert_array_equal(decode(encoded(grey.astype(np.uint16) * 256, "PNG")), as_rgb)
+    alpha = np.dstack([pixels, np.full((30, 50), 7, np.uint8)])
+    np.testing.assert_array_equal(decode(encoded(alpha, "PNG")), pixels)
+    cmyk = Image.fromarray(pixels).convert("CMYK")
+    assert worst(decode(encoded(cmyk, "JPEG", quality=100)), pixels) <= 12
+    frames = [Image.fromarray(pixels), Image.fromarray(255 - pixels)]
+    webp = encoded(frames[0], "WEBP", save_all=True, append_images=frames[1:], lossless=True)
+    assert worst(decode(webp), pixels) <= 3
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_no_decoder_turns_an_image_as_exif_says(kind):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by a quarter
+    pixels = smooth(30, 50)
+    data = encoded(pixels, kind, exif=exif, quality=100)
+    assert size_of(data) == (30, 50)
+    assert worst(decode(data), pixels) <= 8
+
+
+def chunk(name: bytes, content: bytes) -> bytes:
+    body = name + content
+    return struct.pack(">I", len(content)) + body + struct.pack(">I", zlib.crc32(body))
+
+
+def test_image_bomb_is_refused_by_its_header():
+    header = struct.pack(">IIBBBBB", 40_000, 40_000, 8, 2, 0, 0, 0)
+    bomb = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IEND", b"")
+    with pytest.raises(ImageError, match=f"40000 x 40000 pixels: must be 1 to {MAX_PIXELS:,}"):
+        decode(bomb)
+
+
+@pytest.mark.parametrize("data", [b"", b"no image", b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"])
+def test_what_is_no_image(data):
+    with pytest.raises(ImageError):
+        decode(data)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP"])
+def test_truncated_image(kind):
+    data = encoded(smooth(300, 200), kind)
+    with pytest.raises(ImageError):
+        decode(data[: len(data) // 2])
+
+
+def test_flipped_bytes_in_a_jpeg_are_often_seen():
+    """The others leave a valid JPEG, which has no checksum: Pillow and OpenCV see none of them."""
+    data = encoded(smooth(375, 500), "JPEG", quality=90)
+    rng = np.random.default_rng(0)
+    seen = 0
+    for place in rng.integers(700, len(data) - 2, 60):
+        damaged = bytearray(data)
+        damaged[place] ^= 0xFF
+        try:
+            decode(bytes(damaged))
+        except ImageError:
+            seen += 1
+    assert seen >= 10
+
+
+def test_crop_of_the_same_size_is_a_copy():
+    pixels = smooth(50, 70)
+    out = np.empty((20, 30, 3), np.uint8)
+    crop(encoded(pixels, "PNG"), lambda h, w: Box(11, 23, 20, 30), out)
+    np.testing.assert_array_equal(out, pixels[11:31, 23:53])
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+@pytest.mark.parametrize("side", [32, 100, 224, 500])
+def test_crop_equals_pillows_resize_of_the_box(kind, side):
+    """Also where the JPEG is decoded at a half, a quarter or an eighth."""
+    data = encoded(smooth(600, 800), kind, quality=95)
+    out = np.empty((side, side, 3), np.uint8)
+    crop(data, lambda h, w: Box(80, 160, 400, 480), out)
+    with Image.open(io.BytesIO(data)) as image:
+        part = image.convert("RGB").crop((160, 80, 640, 480))
+        assert worst(out, np.asarray(part.resize((side, side), Image.Resampling.BILINEAR))) <= 6
+
+
+def test_central_box():
+    assert central_box(256, 320, fraction=0.875) == Box(16, 48, 224, 224)
+    assert central_box(1, 9, fraction=0.1) == Box(0, 4, 1, 1)
+
+
+def boxes(height: int, width: int, count: int, min_area: float = 0.08) -> list[Box]:
+    make = functools.partial(random_box, height, width, seed=3, epoch=5, min_area=min_area)
+    return [make(index=index) for index in range(count)]
+
+
+def test_random_boxes_have_the_published_distribution():
+    found = boxes(1000, 1000, 3000)
+    areas = np.array([box.height * box.width / 1e6 for box in found])
+    ratios = np.array([math.log(box.width / box.height) for box in found])
+    assert 0.079 <= areas.min() < 0.09
+    assert areas.max() <= 1
+    assert math.log(3 / 4) - 0.01 <= ratios.min() < math.log(3 / 4) + 0.02
+    # Small areas always fit, so there the distribution is the uniform one.
+    small = areas[areas < 0.5]
+    assert abs(small.mean() - 0.29) < 0.01
+    assert abs(ratios[areas < 0.5].mean()) < 0.015
+    tops = np.array([box.top / max(1, 1000 - box.height) for box in found])
+    assert abs(tops.mean() - 0.5) < 0.02
+    assert tops.max() <= 1
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 500), (300, 2), (375, 500), (7, 7)])
+def test_random_boxes_are_inside(height, width):
+    for box in boxes(height, width, 300):
+        assert 0 <= box.top <= height - box.height < height
+        assert 0 <= box.left <= width - box.width < width
+
+
+def test_where_no_box_fits_it_is_the_central_one():
+    assert set(boxes(100, 1000, 50, min_area=1.0)) == {Box(0, 433, 100, 133)}
+
+
+def test_random_boxes_are_pinned():
+    """A change here would make every interrupted run resume with other crops."""
+    made = [
+        random_box(375, 500, seed=0, epoch=e, index=i, min_area=0.08)
+        for e, i in ((0, 0), (1, 0), (0, 1))
+    ]
+    assert made == [
+        Box(9, 141, 266, 278),
+        Box(3, 141, 353, 296),
+        Box(111, 293, 217, 177),
+    ]
+
+
+def test_shrink():
+    data = encoded(smooth(400, 300), "PNG")
+    smaller = shrink(data, 60, quality=95)
+    assert size_of(smaller) == (80, 60)
+    with Image.open(io.BytesIO(data)) as image:
+        expected = np.asarray(image.resize((60, 80), Image.Resampling.BOX))
+    assert worst(simplejpeg.decode_jpeg(smaller), expected) <= 8
+    assert shrink(data, 300, quality=95) is data

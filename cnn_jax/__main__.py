@@ -13,19 +13,33 @@ from cnn_jax import __version__
 from cnn_jax.cli import compile as compile_
 from cnn_jax.cli import convert as convert_
 from cnn_jax.cli import data as data_
+from cnn_jax.cli import evaluate as evaluate_
 from cnn_jax.cli import inspect as inspect_
+from cnn_jax.cli import plot as plot_
+from cnn_jax.cli import predict as predict_
 from cnn_jax.cli import train as train_
 from cnn_jax.cli.config_files import split_overrides
 from cnn_jax.errors import UsageError, UserError, nearest
 from cnn_jax.runtime import distributed
 from cnn_jax.runtime.compiler import start_cache
 
-COMMANDS = (train_, inspect_, convert_, compile_, data_)
+COMMANDS = (
+    train_,
+    evaluate_,
+    predict_,
+    plot_,
+    inspect_,
+    convert_,
+    compile_,
+    data_,
+)
 """In the order of the help: each has `add`, for its flags, and `run`."""
 
 EPILOG = """\
 examples:
   %(prog)s train --config configs/quickstart.py
+  %(prog)s evaluate --workdir runs/quickstart
+  %(prog)s predict --workdir runs/quickstart image.png
   %(prog)s inspect --model resnet50
   %(prog)s compile --config configs/synthetic.py --topology h200:8
 

@@ -306,6 +306,52 @@ def parse(values: Mapping[str, Any], *, num_devices: int, check_weights: bool = 
     return _build(Config, good)
 
 
+ADDED = {
+    "accumulate_steps": 1,
+    "remat": "none",
+    "data.image_size": 0,
+    "data.crop_min_area": 0.08,
+    "data.eval_fraction": 0.875,
+    "data.on_bad_record": "raise",
+    "augment.alternate_flips": False,
+    "augment.random_operations": 0,
+    "augment.magnitude": 9,
+    "augment.brightness": 0.0,
+    "augment.contrast": 0.0,
+    "augment.saturation": 0.0,
+    "augment.hue": 0.0,
+    "augment.erase_probability": 0.0,
+    "augment.mixup_alpha": 0.0,
+    "augment.cutmix_alpha": 0.0,
+    "optimizer.clip_norm": 0.0,
+    "optimizer.clip_ratio": 0.0,
+    "schedule.milestones": [],
+    "schedule.step_factor": 0.1,
+    "loss.name": "cross_entropy",
+    "loss.threshold": 0.0,
+    "ema.decay": 0.0,
+    "batch_norm.statistics": "global",
+    "eval.average_flips": False,
+    "faults.nan_check_every": 20,
+    "faults.on_nan": "stop",
+    "faults.max_skipped": 10,
+}
+"""Keys that came after runs had been made without them, with what those runs did."""
+
+
+def completed(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the nested `values` of a run, perhaps of an earlier version, with every key."""
+    values, given = _copy(values), _flatten(values)
+    for key, value in ADDED.items():
+        if key not in given:
+            *sections, leaf = key.split(".")
+            section = values
+            for name in sections:
+                section = section.setdefault(name, {})
+            section[leaf] = value
+    return values
+
+
 def override(values: Mapping[str, Any], texts: Iterable[tuple[str, str]]) -> dict[str, Any]:
     """Returns nested `values` with each (key, text) set, the text read by the key's type.
 

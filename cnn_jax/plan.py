@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from cnn_jax.config import Config
 from cnn_jax.data.datasets import DatasetInfo, split_range
 from cnn_jax.data.pipeline import steps_at_epoch_end
+from cnn_jax.data.sources import Crops
 from cnn_jax.models import create_model
 from cnn_jax.models.geometry import grouped, layers, table
 from cnn_jax.runtime.compiler import CompilerSettings, compiler_settings
@@ -337,6 +338,22 @@ def _mix(config: Config, num_classes: int) -> Mix | None:
         mixup_alpha=augment.mixup_alpha,
         cutmix_alpha=augment.cutmix_alpha,
     )
+
+
+def source_options(config: Config) -> dict[str, Any]:
+    """Returns where the images of a run come from and how they are cropped, for `open_source`."""
+    data = config.data
+    return {
+        "data_dir": data.data_dir,
+        "source_dir": data.source_dir,
+        "memory_limit_mb": data.memory_limit_mb,
+        "crops": Crops(
+            image_size=data.image_size,
+            seed=config.seed,
+            min_area=data.crop_min_area,
+            eval_fraction=data.eval_fraction,
+        ),
+    }
 
 
 def make_model(config: Config, *, batch_norm_group_size: int | None = None) -> Any:

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 NOUNS = {"typing", "errors", "models", "data", "training", "runtime"}
-BETWEEN = {"config", "plan", "weights"}
+BETWEEN = {"config", "plan", "weights", "trained"}
 MAY_IMPORT = {  # of the package, by part; every part may import itself
     "typing": set(),
     "errors": set(),
@@ -21,6 +21,7 @@ MAY_IMPORT = {  # of the package, by part; every part may import itself
     "weights": {"typing", "errors", "models", "runtime"},
     "config": NOUNS | {"weights"},
     "plan": NOUNS | {"config", "weights"},
+    "trained": NOUNS | {"config", "plan", "weights"},
     "commands.evaluate": NOUNS | BETWEEN,
     "commands.train": NOUNS | BETWEEN | {"commands.evaluate"},
     "commands": set(),
@@ -35,7 +36,10 @@ MAY_IMPORT = {  # of the package, by part; every part may import itself
         "commands.compile",
         "commands.convert",
         "commands.data",
+        "commands.evaluate",
         "commands.inspect",
+        "commands.plot",
+        "commands.predict",
         "commands.train",
     },
 }

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cnn_jax.config import Config, ConfigError, differences, override, parse
+from cnn_jax.config import ADDED, Config, ConfigError, completed, differences, override, parse
 from cnn_jax.data.datasets import NAMES
 from cnn_jax.errors import UserError
 from cnn_jax.models import MODELS
@@ -553,3 +553,13 @@ def test_junk_in_a_good_config_is_only_ever_a_config_error(changes):
 @given(st.from_regex(r"\w+(\.\w+){0,2}", fullmatch=True) | st.sampled_from(KEYS), st.text())
 def test_junk_on_the_command_line_is_only_ever_a_config_error(key, text):
     parses_or_raises_config_error(override(load(), [(key, text)]))
+
+
+def test_a_run_from_before_a_key_did_what_the_key_now_says():
+    today = parse(load("default"), num_devices=1).as_dict()
+    older = changed(today, dict.fromkeys(ADDED, ...))
+    assert differences(older, today)
+    assert differences(completed(older), today) == []
+    parse(completed(older), num_devices=1)
+    other = changed(older, {"seed": 3})
+    assert differences(completed(other), today) == ["seed: 3 in the run, 0 now"]

@@ -72,3 +72,16 @@ def image_size(text: str) -> tuple[int, int]:
             f"{text!r}: must be pixels >= 1, such as 224 or HEIGHTxWIDTH, such as 224x160"
         )
     return sides[0], sides[-1]
+
+
+def add_run(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags that say which weights of which run."""
+    parser.add_argument(
+        "--workdir", metavar="RUN", type=existing_directory, required=True, help="of the run"
+    )
+    parser.add_argument(
+        "--checkpoint",
+        metavar="WHICH",
+        default="last",
+        help="last, best (by test accuracy) or a step (default: last)",
+    )

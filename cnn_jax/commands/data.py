@@ -12,9 +12,9 @@ import numpy as np
 
 from cnn_jax.config import Config
 from cnn_jax.data.datasets import DATASETS, directory_of_sets
-from cnn_jax.data.sources import OWN_BUILDERS, Crops, ImageSource, Source, open_source
+from cnn_jax.data.sources import OWN_BUILDERS, ImageSource, Source, open_source
 from cnn_jax.errors import UserError, nearest
-from cnn_jax.plan import augmentation
+from cnn_jax.plan import augmentation, source_options
 from cnn_jax.runtime.report import Progress
 
 EXAMPLES = 16
@@ -152,15 +152,9 @@ def check(config: Config, *, num_threads: int) -> int:
 
 
 def _open(config: Config, split: str) -> Source:
-    data = config.data
-    return open_source(
-        data.name,
-        split,
-        data_dir=data.data_dir,
-        source_dir=data.source_dir,
-        memory_limit_mb=0,
-        crops=Crops(data.image_size, config.seed, data.crop_min_area, data.eval_fraction),
-    )
+    """Returns the examples on disk, each read when it is asked for."""
+    options: dict[str, Any] = {**source_options(config), "memory_limit_mb": 0}
+    return open_source(config.data.name, split, **options)
 
 
 def _look(source: Source, index: int) -> list[tuple[bool, str]]:

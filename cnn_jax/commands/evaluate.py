@@ -1,15 +1,22 @@
 """Evaluation: every example once."""
 
 import contextlib
+import json
 from collections.abc import Callable
+from pathlib import Path
 
 import jax
+import numpy as np
 
 from cnn_jax.data.pipeline import eval_batches
-from cnn_jax.data.sources import Source
-from cnn_jax.plan import Plan
+from cnn_jax.data.sources import Source, open_source
+from cnn_jax.plan import Plan, source_options
+from cnn_jax.runtime.files import write_json_file
+from cnn_jax.runtime.pictures import draw_confusion, draw_contact_sheet, draw_reliability
 from cnn_jax.runtime.sharding import batch_sharding, to_devices
+from cnn_jax.trained import Trained, open_run
 from cnn_jax.training.metrics import mean
+from cnn_jax.training.scores import Scores, score
 from cnn_jax.training.state import TrainState
 from cnn_jax.typing import Metrics
 
@@ -17,7 +24,102 @@ STEPS_IN_FLIGHT = 2
 """Steps that may wait on the device: enough to hide the host, few enough to bound memory."""
 
 
+MISTAKES = 40
+"""Of the contact sheet, at most."""
+
+
 def evaluate(
+    workdir: str | Path,
+    *,
+    split: str | None = None,
+    checkpoint: str = "last",
+    json_file: Path | None = None,
+    pictures: Path | None = None,
+) -> Scores:
+    """Returns the scores of a run on every example of a split, once each, and prints them.
+
+    Args:
+      workdir: directory of the run.
+      split: of its data set, or a slice such as "test[:100]"; by default what it was tested on.
+      checkpoint: "last", "best" or a step.
+      json_file: where to write the scores; it must not be there yet.
+      pictures: directory for confusion.png, reliability.png and, where there are any, mistakes.png.
+
+    Raises UserError for a run or a split that cannot be read, or a file that cannot be written.
+    """
+    run = open_run(workdir, checkpoint=checkpoint, log=_say)
+    data = run.config.data
+    source = open_source(
+        data.name, split or data.test_split, log=_say, **source_options(run.config)
+    )
+    _say(f"evaluating step {run.step:,} of {run.directory} on {len(source):,} images")
+    scores = score(*_logits_and_labels(run, source))
+    _say(_table(scores, run))
+    if json_file is not None:
+        values = {"workdir": str(run.directory), "step": run.step, "split": source.split}
+        values |= scores.as_dict(run.class_names)
+        write_json_file(json_file, json.dumps(values, indent=2) + "\n")
+        _say(f"written: {json_file}")
+    if pictures is not None:
+        _draw(pictures, scores, run, source)
+        _say(f"drawn in {pictures}")
+    return scores
+
+
+def _logits_and_labels(run: Trained, source: Source) -> tuple[np.ndarray, np.ndarray]:
+    size = min(run.config.eval.batch_size, len(source))
+    predict = run.compile_logits(size)
+    data = run.config.data
+    batches = eval_batches(
+        source, batch_size=size, num_threads=data.num_threads, prefetch=data.prefetch
+    )
+    logits, labels = [], []
+    with contextlib.closing(batches):
+        for batch in batches:
+            real = batch["mask"] > 0
+            logits.append(np.asarray(predict(batch["image"]))[real])
+            labels.append(batch["label"][real])
+    return np.concatenate(logits), np.concatenate(labels)
+
+
+def _table(scores: Scores, run: Trained) -> str:
+    width = max(len("class"), *map(len, run.class_names))
+    lines = [
+        f"loss {scores.loss:.4f}  top-1 {scores.top1:.4f}  top-5 {scores.top5:.4f}  "
+        f"calibration error {scores.calibration.error:.4f}",
+        "",
+        f"{'class':<{width}}  precision  recall      f1  examples",
+    ]
+    rows = zip(
+        run.class_names, scores.precision, scores.recall, scores.f1, scores.support, strict=True
+    )
+    for name, precision, recall, f1, support in rows:
+        lines.append(f"{name:<{width}}  {precision:9.4f}  {recall:6.4f}  {f1:6.4f}  {support:8,}")
+    return "\n".join(lines)
+
+
+def _draw(directory: Path, scores: Scores, run: Trained, source: Source) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    names = run.class_names
+    draw_confusion(directory / "confusion.png", scores.confusion, names)
+    draw_reliability(directory / "reliability.png", scores.calibration)
+    worst = scores.worst(MISTAKES)
+    if not len(worst):
+        return
+    batch = source.batch(worst)
+    captions = [
+        f"{names[label]}\ntaken for {names[scores.predicted[number]]}\n"
+        f"({scores.confidence[number]:.1%}), number {number}"
+        for number, label in zip(worst, batch["label"], strict=True)
+    ]
+    draw_contact_sheet(directory / "mistakes.png", batch["image"], captions)
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
+def mean_metrics(
     plan: Plan,
     eval_step: Callable[..., Metrics],
     state: TrainState,

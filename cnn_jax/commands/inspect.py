@@ -13,6 +13,7 @@ from cnn_jax.errors import UserError
 from cnn_jax.models import create_model
 from cnn_jax.models.geometry import Layer, grouped, layers, table, total
 from cnn_jax.plan import make_model
+from cnn_jax.runtime.files import write_json_file
 
 LEGEND = """\
 Of one image. stride: pixels of the image between neighbours of the output; field: pixels of the
@@ -56,7 +57,7 @@ def _show(
         print(text)
         return 0
     if json_file is not None:
-        _write_new(Path(json_file), text + "\n")
+        write_json_file(Path(json_file), text + "\n")
     shape = " x ".join(map(str, image_shape))
     print(f"{name}, image {shape}\n\n{table(rows)}\n\n{LEGEND}")
     return 0
@@ -72,13 +73,3 @@ def _plain(name: str, image_shape: Sequence[int], rows: Sequence[Layer]) -> dict
         "activation_bytes": sums.activation_bytes,
         "layers": [dataclasses.asdict(row) for row in rows],
     }
-
-
-def _write_new(path: Path, text: str) -> None:
-    try:
-        with path.open("x", encoding="utf-8") as file:
-            file.write(text)
-    except FileExistsError as error:
-        raise UserError(f"--json {path}: is already there; name a file that is not") from error
-    except OSError as error:
-        raise UserError(f"--json {path}: cannot be written: {error}") from error

@@ -15,13 +15,13 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from jax.sharding import NamedSharding
 
-from cnn_jax.commands.evaluate import STEPS_IN_FLIGHT, evaluate
-from cnn_jax.config import Config, differences
+from cnn_jax.commands.evaluate import STEPS_IN_FLIGHT, mean_metrics
+from cnn_jax.config import Config, completed, differences
 from cnn_jax.data.bad_records import SkipBadRecords, open_without_bad_records
 from cnn_jax.data.pipeline import BatchIterator, train_batches
-from cnn_jax.data.sources import Crops, Source, fingerprint, open_source
+from cnn_jax.data.sources import Source, fingerprint, open_source
 from cnn_jax.errors import UserError
-from cnn_jax.plan import Plan, make_plan
+from cnn_jax.plan import Plan, make_plan, source_options
 from cnn_jax.runtime import distributed, executables
 from cnn_jax.runtime.checkpoint import Checkpoints
 from cnn_jax.runtime.compiler import CompilationCounter, compile_program
@@ -127,7 +127,7 @@ def _train_in(
 ) -> int:
     config = plan.config.as_dict()
     before = distributed.from_first("the run's configuration", lambda: _config_of(directory))
-    changes = differences(before, config) if before else []
+    changes = differences(completed(before), config) if before else []
     if changes and not accept_config_changes:
         raise UserError(
             f"{directory} holds a run with another configuration:\n  "
@@ -151,7 +151,7 @@ def _train_in(
             _say(f"{directory} holds no good checkpoint: training starts from the beginning")
         metrics = stack.enter_context(contextlib.closing(MetricsLog(directory, resume_step=step)))
         if step:
-            changes = differences(checkpoints.record()["config"], config)
+            changes = differences(completed(checkpoints.record()["config"]), config)
             _refuse_other_batches(_of_batches(changes), directory)
         if step >= plan.total_steps and _is_evaluated(metrics, step):
             _say(f"{directory}: this run is complete, at step {step} of {plan.total_steps}")
@@ -387,20 +387,7 @@ class _Training:
     def _open(self, split: str) -> Source:
         data = self.plan.config.data
         opened = open_without_bad_records if data.on_bad_record == "skip" else open_source
-        return opened(
-            data.name,
-            split,
-            data_dir=data.data_dir,
-            source_dir=data.source_dir,
-            memory_limit_mb=data.memory_limit_mb,
-            crops=Crops(
-                image_size=data.image_size,
-                seed=self.plan.config.seed,
-                min_area=data.crop_min_area,
-                eval_fraction=data.eval_fraction,
-            ),
-            log=_say,
-        )
+        return opened(data.name, split, log=_say, **source_options(self.plan.config))
 
     def _restore(self) -> TrainState:
         changes = differences(self.checkpoints.record()["data"], self.record["data"])
@@ -435,7 +422,7 @@ class _Training:
         said = f"epoch {row['epoch']:.2f}"
         for state, suffix, of in self._evaluated_states():
             with self.clock.measure("evaluating"):
-                means = evaluate(
+                means = mean_metrics(
                     self.plan, self.eval_step, state, self.test_source, check=self._go_on
                 )
             if not math.isfinite(means["loss"]):

@@ -1,0 +1,63 @@
+"""Image files of any size, as the uint8 pixels that a network takes."""
+
+import glob
+import warnings
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from cnn_jax.errors import UserError
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+"""Of the files that are taken from a folder."""
+
+MODES = {1: "L", 3: "RGB"}
+
+
+def find_images(paths: Iterable[str]) -> Iterator[Path]:
+    """Gives the files that `paths` name: files, folders (all below, in order) and patterns.
+
+    What names nothing is given as it is, so that reading it says so.
+    """
+    for text in paths:
+        path = Path(text)
+        if path.is_dir():
+            found = sorted(each for each in path.rglob("*") if each.suffix.lower() in SUFFIXES)
+        elif path.exists() or not glob.has_magic(text):
+            found = [path]
+        else:
+            found = sorted(map(Path, glob.glob(text, recursive=True)))
+        yield from found or [path]
+
+
+def read_image(path: Path, image_shape: tuple[int, int, int]) -> np.ndarray:
+    """Returns the image in a file as uint8 of `image_shape`, (height, width, channels).
+
+    It is turned as its EXIF tag says, made grey (`0.299 R + 0.587 G + 0.114 B`) or RGB, transparent
+    parts as they are below, scaled without distortion until it just covers `image_shape`, by
+    Pillow's antialiased bilinear filter, and cut to its middle. An image of that size is not
+    changed.
+
+    Raises UserError where there is no such file, it is no image, is cut short, or has more than
+    Pillow's limit of pixels.
+    """
+    from PIL import Image, ImageOps
+
+    height, width, channels = image_shape
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as opened:
+                image = ImageOps.exif_transpose(opened).convert(MODES[channels])
+    except IsADirectoryError as error:
+        raise UserError(f"{path}: holds no image") from error
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: there is no such file") from error
+    except Image.UnidentifiedImageError as error:
+        raise UserError(f"{path}: is no image that can be read") from error
+    except Exception as error:  # Pillow's decoders raise whatever the bytes led them into
+        raise UserError(f"{path}: cannot be read: {error}") from error
+    if image.size != (width, height):
+        image = ImageOps.fit(image, (width, height), Image.Resampling.BILINEAR)
+    return np.asarray(image).reshape(image_shape)

@@ -1,0 +1,130 @@
+"""What a network looks at: the outputs of its modules, and class activation maps of them.
+
+For any linen module called as `model(images, train=False)`.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Float, Int
+
+from cnn_jax.typing import Array, FeatureMap, Images
+
+METHODS = ("grad_cam", "grad_cam++")
+
+Maps = Float[Array, "b _ _"]
+
+
+def feature_maps(
+    model: nn.Module, variables: Mapping[str, Any], images: Images
+) -> dict[str, FeatureMap]:
+    """Returns the feature maps [b, h, w, c] of all modules by path, in the order of their ends.
+
+    Paths are such as "stage1_block1/conv1"; of a module that is called twice, the last output.
+    """
+    found: dict[str, Any] = {}
+
+    def keep(call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+        output = call(*args, **kwargs)
+        if context.method_name == "__call__" and context.module.path and _is_map(output):
+            path = "/".join(context.module.path)
+            found.pop(path, None)
+            found[path] = output
+        return output
+
+    with nn.intercept_methods(keep):
+        model.apply(variables, images, train=False)
+    return found
+
+
+def class_activation_map(
+    model: nn.Module,
+    variables: Mapping[str, Any],
+    images: Images,
+    classes: Int[Array, " b"],
+    *,
+    layer: str | None = None,
+    method: str = "grad_cam",
+) -> Maps:
+    """Returns where on the feature map [b, h, w] of a layer the evidence for a class lies, >= 0.
+
+    `relu(sum_k w_k A_k)` of the layer's channels `A_k`. With `g_k` the gradient of the logit of the
+    class by `A_k`, Grad-CAM (Selvaraju et al. 2017, arXiv:1610.02391) has `w_k = mean_ij g_k`, and
+    Grad-CAM++ (Chattopadhay et al. 2018, arXiv:1710.11063) `w_k = sum_ij a_k relu(g_k)` with
+    `a_k = g_k**2 / (2 g_k**2 + g_k**3 sum_ij A_k)`, 0 where that is 0 / 0: its equation 19, but for
+    a factor that is the same everywhere.
+
+    Args:
+      model, variables: the network.
+      images: normalised, [b, h, w, c].
+      classes: one for each image.
+      layer: path of a module as in `feature_maps`; by default the last outermost one with a map.
+      method: one of `METHODS`.
+
+    Raises ValueError for an unknown method or layer.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method={method!r}: must be one of {', '.join(map(repr, METHODS))}")
+    shapes = _abstract_maps(model, variables, images)
+    layer = _last(shapes) if layer is None else layer
+    if layer not in shapes:
+        raise ValueError(f"layer={layer!r}: must be one of {', '.join(map(repr, shapes))}")
+
+    def logits_of_classes(change: Any) -> tuple[jax.Array, FeatureMap]:
+        seen = []
+
+        def add(call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+            output = call(*args, **kwargs)
+            if "/".join(context.module.path) != layer or context.method_name != "__call__":
+                return output
+            seen.append(output)
+            return output + change
+
+        with nn.intercept_methods(add):
+            logits = model.apply(variables, images, train=False)
+        chosen = jnp.take_along_axis(jnp.asarray(logits), jnp.asarray(classes)[:, None], axis=1)
+        return jnp.sum(chosen), seen[-1]
+
+    zeros = jnp.zeros(shapes[layer].shape, shapes[layer].dtype)
+    gradient, maps = jax.grad(logits_of_classes, has_aux=True)(zeros)
+    weights = _weights(maps, gradient, method)
+    return jax.nn.relu(jnp.sum(weights * maps, axis=-1))
+
+
+def _abstract_maps(
+    model: nn.Module, variables: Mapping[str, Any], images: Images
+) -> dict[str, jax.ShapeDtypeStruct]:
+    order: list[str] = []
+
+    def maps(images: Images) -> dict[str, FeatureMap]:
+        found = feature_maps(model, variables, images)
+        order.extend(found)
+        return found
+
+    shapes = jax.eval_shape(maps, images)  # which sorts by name
+    return {path: shapes[path] for path in order}
+
+
+def _weights(maps: Array, gradient: Array, method: str) -> jax.Array:
+    if method == "grad_cam":
+        return jnp.mean(gradient, axis=(1, 2), keepdims=True)
+    total = jnp.sum(maps, axis=(1, 2), keepdims=True)
+    below = 2 * gradient**2 + gradient**3 * total
+    shares = jnp.where(below == 0, 0.0, gradient**2 / jnp.where(below == 0, 1.0, below))
+    return jnp.sum(shares * jax.nn.relu(gradient), axis=(1, 2), keepdims=True)
+
+
+def _is_map(output: Any) -> bool:
+    return isinstance(output, jax.Array) and output.ndim == 4
+
+
+def _last(shapes: Mapping[str, Any]) -> str:
+    outermost = [path for path in shapes if "/" not in path]
+    if not outermost:
+        raise ValueError(
+            "model: must have a module whose output is [batch, height, width, channels]"
+        )
+    return outermost[-1]

@@ -1,0 +1,128 @@
+"""A finished or stopped run, read back: its configuration, its model and its weights."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from cnn_jax.config import Config, ConfigError, completed, parse
+from cnn_jax.data.datasets import DatasetInfo
+from cnn_jax.errors import UserError
+from cnn_jax.plan import make_model
+from cnn_jax.runtime.checkpoint import find_damage
+from cnn_jax.runtime.compiler import compile_program, compiler_settings
+from cnn_jax.runtime.report import METRICS, read_rows
+from cnn_jax.runtime.workdir import CONFIG, read_config
+from cnn_jax.training.augment import normalize
+from cnn_jax.typing import Images, RawImages
+from cnn_jax.weights import load_weights
+
+CHECKPOINTS = ("last", "best")
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """What a run has learned.
+
+    Attributes:
+      directory: of the run.
+      step: optimiser steps behind these weights.
+      config: of the run.
+      dataset: what is known of its data set.
+      model: the linen module.
+      variables: its parameters and running statistics.
+    """
+
+    directory: Path
+    step: int
+    config: Config
+    dataset: DatasetInfo
+    model: Any
+    variables: Mapping[str, Any]
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The names of the classes, or their numbers where the data set gives no names."""
+        return self.dataset.class_names or tuple(map(str, range(self.dataset.num_classes)))
+
+    def normalize(self, images: RawImages) -> Images:
+        """Returns what the network takes, of pixels, as in training."""
+        data, dtype = self.config.data, jnp.dtype(self.config.precision)
+        return normalize(images, mean=data.mean, std=data.std, dtype=dtype)
+
+    def compile_logits(self, batch_size: int) -> Callable[[RawImages], jax.Array]:
+        """Returns a compiled function of `batch_size` uint8 images: float32 logits [b, k]."""
+
+        def logits(variables: Any, images: RawImages) -> jax.Array:
+            return self.model.apply(variables, self.normalize(images), train=False)
+
+        images = jax.ShapeDtypeStruct((batch_size, *self.dataset.image_shape), jnp.uint8)
+        variables = jax.device_put(dict(self.variables))
+        lowered = jax.jit(logits).lower(variables, images)
+        return functools.partial(compile_program(lowered, compiler_settings().options), variables)
+
+
+def open_run(
+    directory: str | Path, *, checkpoint: str = "last", log: Callable[[str], None] = print
+) -> Trained:
+    """Returns what the run in `directory` has learned, at its `checkpoint`.
+
+    That is "last", "best" (of the test accuracy in its metrics) or the number of a step. A damaged
+    checkpoint is named to `log` and the next one is taken, unless it was asked for by number.
+
+    Raises UserError where there is no run, no good checkpoint, or one of another model.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise UserError(f"--workdir {directory}: there is no such directory")
+    values = read_config(directory)
+    if values is None:
+        raise UserError(f"--workdir {directory}: holds no run (it has no {CONFIG})")
+    try:  # a run of many devices may be looked at on one
+        config = parse({**completed(values), "mesh": {"data": -1, "fsdp": 1}}, num_devices=1)
+    except ConfigError as error:
+        raise UserError(f"{directory / CONFIG}: {error}") from error
+    path = _find_checkpoint(directory, checkpoint, log)
+    dataset, model = config.data.dataset(), make_model(config)
+    image = jax.ShapeDtypeStruct((1, *dataset.image_shape), jnp.float32)
+    abstract = jax.eval_shape(
+        lambda image: model.init(jax.random.key(0), image, train=False), image
+    )
+    variables = load_weights(path, abstract)
+    return Trained(directory, int(path.name), config, dataset, model, variables)
+
+
+def _find_checkpoint(directory: Path, which: str, log: Callable[[str], None]) -> Path:
+    paths = [path for path in (directory / "checkpoints").glob("*") if path.name.isdigit()]
+    steps = {int(path.name): path for path in paths}
+    if which.isdecimal():
+        if int(which) not in steps:
+            raise UserError(
+                f"checkpoint {which}: {directory} has none of that step; it has those of "
+                f"{', '.join(map(str, sorted(steps))) or 'no step'}"
+            )
+        damage = find_damage(steps[int(which)])
+        if damage is not None:
+            raise UserError(f"{steps[int(which)]} cannot be used: {damage}")
+        return steps[int(which)]
+    if which not in CHECKPOINTS:
+        raise UserError(f"checkpoint {which!r}: must be {', '.join(CHECKPOINTS)} or a step")
+    for step in _ordered(directory, which, steps):
+        damage = find_damage(steps[step])
+        if damage is None:
+            return steps[step]
+        log(f"checkpoint {steps[step]} is skipped: {damage}")
+    raise UserError(f"{directory} holds no good checkpoint")
+
+
+def _ordered(directory: Path, which: str, steps: Iterable[int]) -> list[int]:
+    """Returns the steps to try, the first first: the newest, or the one with the best accuracy."""
+    if which == "last":
+        return sorted(steps, reverse=True)
+    rows = read_rows(directory / METRICS)
+    accuracy = {row["step"]: row["test/accuracy"] for row in rows if "test/accuracy" in row}
+    return sorted(steps, key=lambda step: (accuracy.get(step, -1.0), step), reverse=True)

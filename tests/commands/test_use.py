@@ -1,0 +1,172 @@
+"""Commands that read a run: `evaluate`, `predict` and `plot`."""
+
+import csv
+import io
+import json
+import shutil
+
+import numpy as np
+import pytest
+from driver import read_metrics, read_state
+from PIL import Image
+
+from cnn_jax.__main__ import main
+from cnn_jax.data.sources import open_source
+from cnn_jax.trained import open_run
+
+
+@pytest.fixture
+def use(capsys):
+    """Returns a function that types a command: (exit code, output, errors)."""
+
+    def run(*arguments: object) -> tuple[object, str, str]:
+        try:
+            code: object = main([str(each) for each in arguments])
+        except SystemExit as end:
+            code = end.code
+        streams = capsys.readouterr()
+        return code, streams.out, streams.err
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def test_set(reference):
+    config = open_run(reference).config
+    source = open_source("fashion_mnist_10k", "test[:300]", data_dir=config.data.data_dir)
+    return source.batch(np.arange(300))
+
+
+@pytest.fixture(scope="module")
+def probabilities(reference, test_set):
+    """Of all test images at once, by flax alone, from arrays that orbax alone has read."""
+    run = open_run(reference)
+    pixels = test_set["image"].astype(np.float32) / 255
+    logits = run.model.apply(run.variables, (pixels - 0.2860) / 0.3530, train=False)
+    exponents = np.exp(np.asarray(logits, np.float64))
+    return exponents / exponents.sum(axis=1, keepdims=True)
+
+
+def test_the_weights_are_those_of_the_checkpoint(reference):
+    saved = read_state(reference / "checkpoints" / "24")
+    stem = open_run(reference).variables["params"]["stem"]["conv"]["kernel"]
+    np.testing.assert_array_equal(stem, saved["['params']['stem']['conv']['kernel']"])
+
+
+def test_evaluate_scores_every_example_once(use, reference, probabilities, test_set, tmp_path):
+    path, pictures = tmp_path / "scores.json", tmp_path / "pictures"
+    code, output, error = use(
+        "evaluate", f"--workdir={reference}", f"--json={path}", f"--pictures={pictures}"
+    )
+    assert (code, error) == (0, "")
+    found, labels = json.loads(path.read_text()), test_set["label"]
+    right = probabilities.argmax(axis=1) == labels
+    assert found["examples"] == 300
+    assert found["top1"] == right.mean()
+    loss = -np.log(probabilities[np.arange(300), labels]).mean()
+    assert found["loss"] == pytest.approx(loss, rel=1e-5)
+    trained = read_metrics(reference)[-1]  # what the trainer said, by another program
+    assert found["top1"] == pytest.approx(trained["test/accuracy"], abs=1e-9)
+    assert found["loss"] == pytest.approx(trained["test/loss"], rel=1e-5)
+    assert sum(map(sum, found["confusion"])) == 300
+    assert f"top-1 {found['top1']:.4f}" in output
+    for name in ("confusion", "reliability", "mistakes"):
+        with Image.open(pictures / f"{name}.png") as picture:
+            assert min(picture.size) > 400
+
+    code, output, _ = use("evaluate", f"--workdir={reference}", "--split=test[:10]")
+    assert "on 10 images" in output
+    code, output, error = use("evaluate", f"--workdir={reference}", "--split=tset")
+    assert code == 1
+    assert error.startswith("fashion_mnist_10k has no split 'tset' (did you mean 'test'?)")
+
+
+def test_which_checkpoint(use, complete, reference):
+    rows = [row for row in read_metrics(reference) if "test/accuracy" in row]
+    best = max(rows, key=lambda row: (row["test/accuracy"], row["step"]))["step"]
+    assert open_run(reference, checkpoint="best").step == best
+    for path in (complete / "checkpoints" / "24" / "state").rglob("*"):
+        if path.is_file():
+            path.write_bytes(path.read_bytes()[:-1])
+            break
+    said = []
+    assert open_run(complete, log=said.append).step < 24
+    assert "checkpoints/24 is skipped: state/" in said[0]
+    code, _, error = use("evaluate", f"--workdir={complete}", "--checkpoint=24")
+    assert code == 1
+    assert "cannot be used: state/" in error
+    _, _, error = use("evaluate", f"--workdir={complete}", "--checkpoint=5")
+    assert "checkpoint 5: " in error
+    _, _, error = use("evaluate", f"--workdir={complete}", "--checkpoint=newest")
+    assert error == "checkpoint 'newest': must be last, best or a step\n"
+    shutil.rmtree(complete / "checkpoints")
+    _, _, error = use("evaluate", f"--workdir={complete}")
+    assert error == f"{complete} holds no good checkpoint\n"
+    (complete / "config.json").unlink()
+    _, _, error = use("evaluate", f"--workdir={complete}")
+    assert error == f"--workdir {complete}: holds no run (it has no config.json)\n"
+
+
+@pytest.fixture(scope="module")
+def photos(test_set, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("photos")
+    for number in range(7):
+        Image.fromarray(test_set["image"][number, ..., 0]).save(folder / f"{number}.png")
+    (folder / "3.png").write_bytes((folder / "3.png").read_bytes()[:90])
+    return folder
+
+
+def test_predict_goes_on_after_a_bad_file(use, reference, photos, probabilities):
+    flags = (f"--workdir={reference}", "--format=jsonl", "--top=10", "--batch-size=4")
+    code, output, error = use("predict", *flags, photos)
+    assert code == 1
+    assert f"{photos}/3.png: cannot be read: " in error
+    assert error.endswith("1 of 7 files could not be read\n")
+    rows = [json.loads(line) for line in output.splitlines()]
+    assert [row["file"] for row in rows] == [f"{photos}/{n}.png" for n in (0, 1, 2, 4, 5, 6)]
+    names = open_run(reference).class_names
+    for row, number in zip(rows, (0, 1, 2, 4, 5, 6), strict=True):
+        found = {each["class"]: each["probability"] for each in row["classes"]}
+        expected = dict(zip(names, probabilities[number], strict=True))
+        assert found == pytest.approx(expected, abs=1e-6)
+        assert list(found.values()) == sorted(found.values(), reverse=True)
+
+
+def test_predict_as_csv_and_from_a_list(use, reference, photos, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{photos}/5.png\n\n{photos}/[01].png\n"))
+    code, output, error = use(
+        "predict", f"--workdir={reference}", "--format=csv", "--top=2", "-", photos / "6.png"
+    )
+    assert (code, error) == (0, "")
+    rows = list(csv.DictReader(io.StringIO(output)))
+    assert [row["file"][-5:] for row in rows[::2]] == ["5.png", "0.png", "1.png", "6.png"]
+    assert [row["rank"] for row in rows] == ["1", "2"] * 4
+
+    code, table, _ = use("predict", f"--workdir={reference}", "--top=1", photos / "6.png")
+    share = float(rows[6]["probability"])
+    assert table == f"{photos}/6.png  {rows[6]['class']} {share:.2%}\n"
+
+
+def test_predict_without_an_image_is_exit_code_1(use, reference, tmp_path):
+    code, output, error = use("predict", f"--workdir={reference}", tmp_path / "gone.png")
+    assert (code, output) == (1, "")
+    assert error.startswith(f"{tmp_path}/gone.png: there is no such file\n")
+
+
+def test_plot_several_runs(use, reference, complete, tmp_path):
+    path = tmp_path / "plot.png"
+    code, output, _ = use("plot", reference, complete, "--to", path)
+    assert (code, output) == (0, f"drawn in {path}\n")
+    with Image.open(path) as picture:
+        assert picture.size == (1560, 1080)
+    code, _, error = use("plot", reference, "--to", path)
+    assert code == 2
+    assert "is already there" in error
+    code, _, error = use("plot", tmp_path, "--to", tmp_path / "b.png")
+    assert (code, error) == (
+        1,
+        f"{tmp_path}: has no metrics.jsonl with a row, so there is nothing to plot\n",
+    )
+    code, _, error = use("plot", reference, "--smooth=1")
+    assert code == 2
+    assert "'1': must be a number >= 0 and < 1" in error

@@ -1,0 +1,109 @@
+"""Class activation maps against float64 NumPy, and where the evidence is known."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cnn_jax import create_model
+from cnn_jax.models.explaining import class_activation_map, feature_maps
+
+
+@pytest.fixture(scope="module")
+def network():
+    """A small network, its variables and images, seen by its channels and its head alone."""
+    model = create_model("resnet_mini", num_classes=4, width=4, stage_sizes=(1, 1))
+    images = jax.random.normal(jax.random.key(1), (3, 16, 16, 3))
+    variables = jax.jit(lambda key: model.init(key, images, train=False))(jax.random.key(0))
+    return model, variables, images
+
+
+@pytest.mark.parametrize("method", ["grad_cam", "grad_cam++"])
+def test_maps_of_the_last_stage_by_their_formulas(network, method):
+    model, variables, images = network
+    classes = np.array([0, 3, 1])
+    found = class_activation_map(model, variables, images, classes, method=method)
+    A = np.asarray(model.apply(variables, images, train=False, method="stages")[-1], np.float64)
+    kernel = np.asarray(variables["params"]["head"]["kernel"], np.float64)
+    expected = np.zeros(A.shape[:3])
+    for image, label in enumerate(classes):
+        for k in range(A.shape[-1]):
+            g = kernel[k, label] / A[0, ..., 0].size  # the head is a mean and a product
+            weight = g
+            if method == "grad_cam++":
+                share = g**2 / (2 * g**2 + g**3 * A[image, ..., k].sum())
+                weight = A[0, ..., 0].size * share * max(g, 0)
+            expected[image] += weight * A[image, ..., k]
+    expected = np.maximum(expected, 0)
+    assert expected.max() > 0
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_layer_inside_has_the_gradient_of_a_finite_difference(network):
+    model, variables, images = network
+    stem = np.asarray(feature_maps(model, variables, images)["stem"])
+    found = class_activation_map(model, variables, images, np.array([2, 2, 2]), layer="stem")
+
+    def mean_gradient(channel: int, step: float = 1e-2) -> np.ndarray:
+        """Of each image, by adding to all pixels of one channel of the stem."""
+
+        def logits(amount: float) -> np.ndarray:
+            def change(call, args, kwargs, context):
+                output = call(*args, **kwargs)
+                is_stem = context.module.path == ("stem",) and context.method_name == "__call__"
+                return output.at[..., channel].add(amount) if is_stem else output
+
+            with nn.intercept_methods(change):
+                return np.asarray(model.apply(variables, images, train=False))[:, 2]
+
+        return (logits(step) - logits(-step)) / (2 * step) / stem[0, ..., 0].size
+
+    weights = np.stack([mean_gradient(k) for k in range(stem.shape[-1])], axis=-1)
+    expected = np.maximum((stem * weights[:, None, None, :]).sum(axis=-1), 0)
+    np.testing.assert_allclose(found, expected, atol=0.03 * expected.max())
+
+
+class Brightest(nn.Module):
+    """Class 1 by the brightness of any place, class 0 by the darkness."""
+
+    @nn.compact
+    def __call__(self, images, *, train: bool):
+        kernel = nn.initializers.constant(1 / 9)
+        x = nn.relu(nn.Conv(1, (3, 3), kernel_init=kernel, name="conv")(images))
+        return jnp.concatenate([-x.mean((1, 2)), x.mean((1, 2))], axis=-1)
+
+
+@pytest.mark.parametrize("method", ["grad_cam", "grad_cam++"])
+@pytest.mark.parametrize(("row", "column"), [(2, 3), (9, 12)])
+def test_the_evidence_lies_on_the_patch_that_decides(row, column, method):
+    images = np.zeros((1, 16, 16, 1), np.float32)
+    images[0, row : row + 3, column : column + 3] = 1
+    variables = Brightest().init(jax.random.key(0), images, train=False)
+    found = class_activation_map(Brightest(), variables, images, np.array([1]), method=method)[0]
+    assert np.unravel_index(np.argmax(found), (16, 16)) == (row + 1, column + 1)
+    around = np.zeros((16, 16), bool)
+    around[row - 1 : row + 4, column - 1 : column + 4] = True
+    assert float(found[around].min()) > 0
+    assert float(found[~around].max()) == 0
+    against = class_activation_map(Brightest(), variables, images, np.array([0]), method=method)
+    assert float(against.max()) == 0
+
+
+def test_feature_maps_are_named_and_equal_the_stages(network):
+    model, variables, images = network
+    maps = feature_maps(model, variables, images)
+    stages = model.apply(variables, images, train=False, method="stages")
+    for name, stage in zip(("stem", "stage1_block1", "stage2_block1"), stages, strict=True):
+        np.testing.assert_array_equal(maps[name], stage)
+    assert "stage1_block1/conv1/norm" in maps
+    assert "head" not in maps
+
+
+def test_what_cannot_be_is_named(network):
+    model, variables, images = network
+    classes = np.zeros(3, np.int32)
+    with pytest.raises(ValueError, match=r"method='cam': must be one of 'grad_cam', 'grad"):
+        class_activation_map(model, variables, images, classes, method="cam")
+    with pytest.raises(ValueError, match="layer='stage9': must be one of 'stem/conv', "):
+        class_activation_map(model, variables, images, classes, layer="stage9")

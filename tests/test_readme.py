@@ -22,7 +22,7 @@ def test_the_python_example_runs():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", sorted(ROOT.glob("docs/*.md")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(ROOT.glob("docs/**/*.md")), ids=lambda path: path.stem)
 def test_the_examples_of_the_documents_run(path):
     for code in re.findall(r"```python\n(.*?)```", path.read_text(), flags=re.DOTALL):
         exec(code, {})

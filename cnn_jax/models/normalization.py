@@ -30,7 +30,7 @@ class BatchNorm(nn.Module):
     (arXiv:1502.03167); with `use_running_average` they are the running ones. Under `jax.jit` a
     batch that is divided among devices has the statistics of the whole. Parameters and statistics
     are float32. The variance is `E[x**2] - E[x]**2`, one pass over the memory: it loses its digits
-    where |mean| is a thousand times the deviation.
+    where `|mean|` is a thousand times the deviation.
 
     With `group_size`, every so many images in a row are normalised by their own statistics. Groups
     that lie on one device each need no communication: a group is an axis of the array, divided as

@@ -7,7 +7,6 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-from cnn_jax.models.batch_statistics import relu
 from cnn_jax.models.initialization import KAIMING
 from cnn_jax.models.layers import Activation, ConvBlock, ModuleFactory, at_least
 from cnn_jax.models.normalization import Norm, batch_norm
@@ -26,7 +25,7 @@ class Attention(nn.Module):
     conv: ModuleFactory = KAIMING.conv
     dense: ModuleFactory = KAIMING.dense
     norm: Norm = batch_norm
-    act: Activation = relu
+    act: Activation = nn.relu
     dtype: Any = None
 
     @nn.nowrap

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from cnn_jax.models.batch_statistics import relu
 from cnn_jax.models.initialization import KAIMING
-from cnn_jax.models.layers import Activation, ConvBlock, ModuleFactory, at_least
+from cnn_jax.models.layers import Activation, ConvBlock, ModuleFactory, at_least, in_mode
 from cnn_jax.models.normalization import Norm, batch_norm, layer_norm
 from cnn_jax.models.pooling import average_pool, blur_pool, max_pool
 from cnn_jax.typing import FeatureMap
@@ -139,7 +139,7 @@ class Residual(nn.Module):
                 f"branch {y.shape}; they are added, so they must be equal. Pass downsample="
                 "functools.partial(projection, features, strides=strides) to project the identity"
             )
-        return self.act(y + identity)
+        return in_mode(self.act, train=train)(y + identity)
 
 
 class ResidualBlock(Residual):

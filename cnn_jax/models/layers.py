@@ -40,6 +40,15 @@ def symmetric(padding: Size) -> list[tuple[int, int]]:
     return [(height, height), (width, width)]
 
 
+def in_mode(act: Activation, *, train: bool) -> Activation:
+    """Returns the activation, but outside of training `nn.relu` for `relu`.
+
+    The derivative of `relu` moves fewer bytes and is of reverse mode only; that of a network that
+    evaluates is of both.
+    """
+    return nn.relu if act is relu and not train else act
+
+
 def at_least(least: int, **arguments: Any) -> None:
     """Raises ValueError for an argument, an integer or a sequence of them, below `least`."""
     for name, value in arguments.items():
@@ -104,9 +113,7 @@ class ConvBlock(nn.Module):
                 "at least one pixel"
             )
         norm = self.norm(train=train, dtype=self.dtype, name="norm")
-        if isinstance(norm, BatchNorm):
-            rectify = self.act is relu
-            x = norm(x, rectify=rectify)
-            return x if rectify or self.act is None else self.act(x)
+        if self.act is relu and isinstance(norm, BatchNorm):
+            return norm(x, rectify=True)
         x = norm(x)
-        return x if self.act is None else self.act(x)
+        return x if self.act is None else in_mode(self.act, train=train)(x)

@@ -97,7 +97,7 @@ class BatchNorm(nn.Module):
         row = (1,) * (x.ndim - 1) + (-1,)
         factor = jax.lax.rsqrt(var + self.epsilon) * scale
         y = ((x - mean.reshape(row)) * factor.reshape(row) + bias.reshape(row)).astype(dtype)
-        return jnp.maximum(y, 0) if rectify else y
+        return nn.relu(y) if rectify else y
 
     @nn.nowrap
     def _groups(self, x: Any) -> Any:

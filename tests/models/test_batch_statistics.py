@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from cnn_jax import create_model
 from cnn_jax.models.batch_statistics import normalize, relu
 
 EPSILON = 1e-5
@@ -74,3 +75,20 @@ def test_only_a_gpu_is_asked_to_compute_again_what_it_could_keep(platform, barri
     traced = jax.jit(jax.grad(loss)).trace(*shapes)
     text = traced.lower(lowering_platforms=(platform,)).as_text()
     assert text.count("stablehlo.optimization_barrier") == barriers
+
+
+@pytest.mark.parametrize("norm", ["batch", "group"])
+def test_a_network_that_evaluates_has_derivatives_of_both_directions(norm):
+    """`u . (J v) = v . (J^T u)`."""
+    model = create_model("bottleneck_mini", width=16, stage_sizes=(1, 1), norm=norm, num_classes=5)
+    rng = np.random.default_rng(0)
+    image, v = (jnp.asarray(rng.normal(size=(2, 16, 16, 3)), jnp.float32) for _ in range(2))
+    u = jnp.asarray(rng.normal(size=(2, 5)), jnp.float32)
+    variables = model.init(jax.random.key(0), image, train=False)
+
+    def logits(image):
+        return model.apply(variables, image, train=False)
+
+    forward = jnp.sum(u * jax.jvp(logits, (image,), (v,))[1])
+    backward = jnp.sum(v * jax.vjp(logits, image)[1](u)[0])
+    np.testing.assert_allclose(forward, backward, rtol=1e-4)

@@ -35,8 +35,9 @@ Open MPI or Cloud TPU tell it its place, or --coordinator, --num-processes and
 
 configs/default.py explains every KEY. Exit code: 0 when done, 2 for a mistake
 in the command or the configuration, 130 and 143 when stopped by Ctrl-C or
-SIGTERM (what was trained is saved), 75 for a step that hung, 1 for anything
-else that stopped it. After 75 and 143 the same command goes on.
+SIGTERM (what was trained is saved), 75 for a step that hung or another process
+that is gone, 1 for anything else that stopped it. After 75 and 143 the same
+command goes on.
 """
 
 

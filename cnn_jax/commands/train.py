@@ -71,7 +71,7 @@ def train(
     Returns 0 when the run is complete, and 128 plus the signal's number when SIGINT or SIGTERM
     stopped it; what was trained by then is saved. With `dry_run` it prints the plan only. The steps
     are those saved in `compiled`, if they fit the run. Where no step ends for `step_timeout`
-    seconds, unless that is 0, the process ends with the exit code `watchdog.RESTART`.
+    seconds, unless that is 0, the process ends with the exit code `platform.RESTART`.
 
     Raises:
       UserError: the directory holds another run or cannot be written, the data cannot be had, or

@@ -25,7 +25,7 @@ from jax._src import cloud_tpu_init
 from jax._src import distributed as jax_distributed
 
 from cnn_jax.errors import UsageError, UserError
-from cnn_jax.runtime.platform import Interrupted, StopSignals
+from cnn_jax.runtime.platform import RESTART, Interrupted, StopSignals
 
 CONFIG: Any = jax.config  # a type checker does not know its attributes
 
@@ -157,7 +157,7 @@ class _Peers:
             except jax.errors.JaxRuntimeError as error:
                 if not self._leaving.is_set():
                     reason = str(error).partition("\n")[0]
-                    self._end(1, f"process 0 of {self.count} is gone ({reason}). {AGAIN}")
+                    self._end(RESTART, f"process 0 of {self.count} is gone ({reason}). {AGAIN}")
                 return
             if "cnn_jax/notice/stop" in notices:
                 self._hear_stop(json.loads(notices["cnn_jax/notice/stop"]))
@@ -176,7 +176,7 @@ class _Peers:
                     f"process {index} of {self.count} is gone: no sign of life for "
                     f"{self.timeout:g} s. {AGAIN}"
                 )
-                self._give_notice("end", [1, text])
+                self._give_notice("end", [RESTART, text])
                 return
 
     def _end(self, code: int, text: str) -> None:

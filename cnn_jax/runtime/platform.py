@@ -9,6 +9,9 @@ from types import FrameType, TracebackType
 
 import jax
 
+RESTART = 75
+"""The exit code of a run that is to be started again: EX_TEMPFAIL of sysexits.h."""
+
 
 def versions() -> dict[str, str]:
     """Returns the versions of Python and of the packages that decide a run's numbers."""

@@ -13,8 +13,7 @@ import threading
 import time
 from collections.abc import Iterator
 
-RESTART = 75
-"""The exit code of a run that is to be started again: EX_TEMPFAIL of sysexits.h."""
+from cnn_jax.runtime.platform import RESTART
 
 
 class Watchdog:

@@ -24,8 +24,16 @@ def max_pool(
 
     With `ceil_mode`, a last window that reaches over the edge is kept, as torch does.
     """
-    sides = _sides(x, window, strides, padding, ceil_mode)
-    return _max_pool(x, pair(window), pair(strides), tuple(sides))
+    sides: Any = _sides(x, window, strides, padding, ceil_mode)
+
+    def pool(x: Any) -> Any:
+        return nn.max_pool(x, pair(window), strides=pair(strides), padding=sides)
+
+    def remembering(x: Any) -> Any:
+        return _max_pool(x, pair(window), pair(strides), tuple(sides))
+
+    # A TPU scatters quickly, and has to move what is shifted by a pixel.
+    return jax.lax.platform_dependent(x, tpu=pool, default=remembering)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2, 3))

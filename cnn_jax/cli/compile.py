@@ -14,6 +14,7 @@ USAGE = """\
 %(prog)s --config FILE --topology NAME[,NAME...] [--config.KEY=VALUE[,VALUE...] ...]
        [--step STEP[,STEP...]] [--max-batch] [--json FILE] [--dump DIR] [--plot DIR]
        [--save DIR] [--time-limit SECONDS] [--memory-limit GIB]
+       %(prog)s --compare BEFORE.py AFTER.py --topology NAME[,NAME...] [...]
        %(prog)s --compare BEFORE.json AFTER.json"""
 
 DESCRIPTION = """\
@@ -30,6 +31,7 @@ examples:
   %(prog)s --config configs/quickstart.py --topology cpu:1 --save programs
   python train.py --config configs/quickstart.py --compiled programs
   %(prog)s --compare a.json b.json
+  %(prog)s --compare configs/quickstart.py configs/fashion_mnist.py --topology h200 --step train
 
 Topologies: TPU slices such as v5e:4x4, v6e:2x2, v5p:2x2x1, v4:2x2x1 (they take
 pip install "cnn_jax[aot-tpu]"), GPUs such as h200:8, a100-40gb:8, l4
@@ -106,7 +108,8 @@ def add(commands: Any) -> None:
         metavar="FILE",
         nargs=2,
         type=existing_file,
-        help="print what differs between two reports",
+        help="print what differs between two reports, or between two configurations, which are "
+        "compiled",
     )
 
 
@@ -114,15 +117,14 @@ def run(options: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> in
     """Returns the exit code of the command."""
     from cnn_jax.commands import compile as command
 
-    if options.compare:
-        if options.config or options.topology or overrides:
-            return options.parser.error("--compare: takes two reports and nothing else")
+    files = _files(options, overrides)
+    if options.compare and not files:
         before, after = options.compare
         reports = command.read_report(before), command.read_report(after)
         print(command.compare(*reports, (str(before), str(after))))
         return 0
-    for flag in ("config", "topology"):
-        if not getattr(options, flag):
+    for flag, given in (("config", files), ("topology", options.topology)):
+        if not given:
             return options.parser.error(f"the following arguments are required: --{flag}")
 
     from cnn_jax.config import ConfigError, override, parse, sweep
@@ -141,18 +143,21 @@ def run(options: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> in
     for topology in topologies:
         if options.max_batch and topology.accelerator.memory is None:
             return options.parser.error(f"--max-batch: the memory of {topology.name} is not known")
-    try:
-        values = load(options.config)
-        variants = [
-            command.Variant(override(values, texts), name)
-            for name, texts in sweep(values, overrides).items()
-        ]
-        for variant in variants:
-            for topology in topologies:
-                parse(variant.values, num_devices=topology.num_devices)
-    except ConfigError as error:
-        print(f"{options.config}: {error}", file=sys.stderr)
-        return 2
+    variants = []
+    for file in files:
+        try:
+            values = load(file)
+            of_file = [
+                command.Variant(override(values, texts), name, str(file) if options.compare else "")
+                for name, texts in sweep(values, overrides).items()
+            ]
+            for variant in of_file:
+                for topology in topologies:
+                    parse(variant.values, num_devices=topology.num_devices)
+        except ConfigError as error:
+            print(f"{file}: {error}", file=sys.stderr)
+            return 2
+        variants += of_file
     if options.save:
         if options.max_batch or len(variants) * len(topologies) > 1:
             return options.parser.error("--save: takes one topology and one configuration")
@@ -174,7 +179,26 @@ def run(options: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> in
                 ),
                 json_file=options.json,
                 max_batch=options.max_batch,
+                compared=(str(files[0]), str(files[1])) if options.compare else None,
             )
     except Interrupted as interrupted:
         print("interrupted", file=sys.stderr)
         return 128 + interrupted.signum
+
+
+def _files(options: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> list[Path]:
+    """Returns the configurations to compile; none where two reports are compared."""
+    if not options.compare:
+        return [options.config] if options.config else []
+    configurations = [path for path in options.compare if path.suffix == ".py"]
+    if options.config:
+        options.parser.error("--compare: names both configurations itself, without --config")
+    if len(configurations) == 1:
+        options.parser.error("--compare: takes two reports or two configurations, not one of each")
+    if not configurations and (options.topology or overrides):
+        options.parser.error("--compare: takes two reports and nothing else")
+    if configurations and options.max_batch:
+        options.parser.error("--compare: not with --max-batch")
+    if configurations and options.compare[0] == options.compare[1]:
+        options.parser.error("--compare: takes two configurations, not one twice")
+    return configurations

@@ -34,10 +34,14 @@ CUDA_SHARE = 0.75
 @dataclasses.dataclass(frozen=True)
 class Variant:
     """One configuration of a sweep: its nested values, and what sets it apart, such as
-    "batch_size=512"."""
+    "batch_size=512".
+
+    `file` is where it comes from, if there are several.
+    """
 
     values: Mapping[str, Any]
     name: str = ""
+    file: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,11 +75,13 @@ def compile_steps(
     *,
     json_file: Path | None = None,
     max_batch: bool = False,
+    compared: tuple[str, str] | None = None,
 ) -> int:
     """Compiles each step of each variant for each topology, and prints a row for each.
 
-    With `max_batch`, finds the largest batch of the training step that fits instead. Returns 0, or
-    1 if a compile failed; one that does not fit has not failed.
+    With `max_batch`, finds the largest batch of the training step that fits instead. Of two
+    `compared` files, it also prints what changed from the variants of the first to those of the
+    second. Returns 0, or 1 if a compile failed; one that does not fit has not failed.
     """
     for directory in (options.dump, options.plot):
         if directory is not None:
@@ -96,6 +102,9 @@ def compile_steps(
                 for step in options.steps:
                     add(compile_one(variant, topology, step, options))
     _say("", table(rows), *details(rows), *answers)
+    if compared is not None:
+        before, after = ([row for row in rows if row["file"] == file] for file in compared)
+        _say("", compare(before, after, compared))
     if json_file is not None:
         _say(f"written to {json_file}")
     return int(any(_failed(row) for row in rows))
@@ -117,9 +126,11 @@ def _failed(row: Row) -> bool:
 
 def compile_one(variant: Variant, topology: Topology, step: str, options: Options) -> Row:
     """Returns the row of one compile, with `error` if it failed."""
-    label = "_".join(filter(None, [topology.name, variant.name, step]))
+    label = "_".join(filter(None, [topology.name, variant.file, variant.name, step]))
     label = re.sub(r"[^\w.=-]+", "-", label)
     row: Row = {"topology": topology.name, "variant": variant.name, "step": step}
+    if variant.file:
+        row["file"] = variant.file
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "report.json")
         request = {
@@ -318,6 +329,7 @@ class _CompileError(Exception):
 
 COLUMNS: dict[str, Callable[[Row], str]] = {
     "topology": lambda row: row["topology"],
+    "file": lambda row: row.get("file", ""),
     "variant": lambda row: row["variant"],
     "step": lambda row: row["step"],
     "batch": lambda row: f"{row['batch']:,}" if "batch" in row else "",
@@ -334,7 +346,7 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "bound*": lambda row: (row.get("estimate") or {}).get("bound", ""),
     "compiled in": lambda row: duration(row["seconds"]["compiling"]) if "seconds" in row else "",
 }
-LEFT = {"topology", "variant", "step", "taken", "fits", "bound*"}
+LEFT = {"topology", "file", "variant", "step", "taken", "fits", "bound*"}
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -359,7 +371,8 @@ def details(rows: Iterable[Row]) -> list[str]:
     """Returns what the table has no room for: failures, memory by kind, float32 activations."""
     lines = [""]
     for row in rows:
-        name = " ".join(filter(None, [row["topology"], row["variant"], row["step"]]))
+        parts = [row["topology"], row.get("file"), row["variant"], row["step"]]
+        name = " ".join(filter(None, parts))
         if _failed(row):
             lines.append(f"{name}: {row['error']}")
             continue

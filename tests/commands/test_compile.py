@@ -98,6 +98,100 @@ def test_reports_are_compared(cpu_report, tmp_path, capsys):
     assert "prediction: the same" in output
 
 
+@pytest.fixture
+def two_configurations(tmp_path):
+    """The quickstart made small, and the same with twice the images in a step."""
+    paths = []
+    for name, batch_size in {"before": 32, "after": 64}.items():
+        path = tmp_path / f"{name}.py"
+        path.write_text(
+            f"from configs import quickstart\n\n\ndef get_config():\n"
+            f"    config = quickstart.get_config()\n    config.batch_size = {batch_size}\n"
+            "    config.model.width, config.model.stage_sizes = 4, (1,)\n    return config\n"
+        )
+        paths.append(str(path))
+    return paths
+
+
+def test_configurations_are_compiled_and_compared(two_configurations, tmp_path):
+    report = tmp_path / "report.json"
+    code, output = compiled(
+        "--compare", *two_configurations, "--topology=cpu:1", "--step=train", f"--json={report}"
+    )
+    assert code == 0, output
+    old, new = json.loads(report.read_text())["rows"]
+    assert [old["file"], new["file"]] == two_configurations
+    assert [old["batch"], new["batch"]] == [32, 64]
+    comparison = output[output.index(" -> ".join(two_configurations)) :]
+    before, after = (row["memory"]["temporaries"] for row in (old, new))
+    assert after > 1.5 * before
+    change = f"{before:,.4g} -> {after:,.4g} ({after / before - 1:+.1%})"
+    assert f"  memory.temporaries: {change}" in comparison
+    assert "  batch: 32 -> 64 (+100.0%)" in comparison
+
+
+def test_the_rows_of_two_configurations_are_told_apart(
+    two_configurations, compiler, tmp_path, capsys
+):
+    """Each by its file, in a sweep too; what is the same in both is not shown as changed."""
+    compiler(
+        "batch = request['config']['batch_size']\n"
+        "seed = request['config']['seed']\n"
+        "answer = {'batch': batch, 'devices': 1, 'memory': {'peak': batch + seed, 'fits': True,\n"
+        "          'capacity': 2**30}, 'kernels': 7}\n"
+        "open(request['report'], 'w').write(json.dumps(answer))"
+    )
+    flags = ["--topology=cpu:1", "--step=train", "--config.seed=1,2"]
+    assert main(["compile", "--compare", *two_configurations, *flags]) == 0
+    output = capsys.readouterr().out
+    assert output[output.index(" -> ") :].splitlines()[1:] == [
+        "cpu:1 seed=1 train:",
+        "  memory.peak: 33 -> 65 (+97.0%)",
+        "  batch: 32 -> 64 (+100.0%)",
+        "cpu:1 seed=2 train:",
+        "  memory.peak: 34 -> 66 (+94.1%)",
+        "  batch: 32 -> 64 (+100.0%)",
+    ]
+
+
+def test_a_mistake_in_either_configuration_names_its_file(two_configurations, capsys):
+    Path(two_configurations[1]).write_text("def get_config():\n    return {'batch_size': 'x'}\n")
+    assert main(["compile", "--compare", *two_configurations, "--topology=cpu:1"]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith(f"{two_configurations[1]}: ")
+    assert "batch_size = 'x': must be an int" in captured.err
+    assert captured.out == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "required: --topology"),
+        (["--topology=cpu:1", CONFIG], "names both configurations itself, without --config"),
+        (["--topology=h200", "--max-batch"], "--compare: not with --max-batch"),
+        (["--topology=cpu:1", "--save=programs"], "--save: takes one topology and one conf"),
+    ],
+)
+def test_mistakes_in_comparing_configurations(arguments, message, two_configurations, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(["compile", "--compare", *two_configurations, *arguments])
+    assert exit_.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_what_cannot_be_compared(two_configurations, tmp_path, capsys):
+    before, _ = two_configurations
+    report = str(tmp_path / "report.json")
+    Path(report).write_text('{"rows": []}')
+    for pair, message in {
+        (before, report): "two reports or two configurations, not one of each",
+        (before, before): "takes two configurations, not one twice",
+    }.items():
+        with pytest.raises(SystemExit):
+            main(["compile", "--compare", *pair, "--topology=cpu:1"])
+        assert message in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [

@@ -37,7 +37,7 @@ Topologies: TPU slices such as v5e:4x4, v6e:2x2, v5p:2x2x1, v4:2x2x1 (they take
 pip install "cnn_jax[aot-tpu]"), GPUs such as h200:8, a100-40gb:8, l4
 (pip install "cnn_jax[aot-gpu]"), and cpu:8.
 Exit code: 0 when all was compiled, also what does not fit; 2 for a mistake in the
-command or the configuration; 1 if a compile failed.
+command or the configuration; 1 if a compile failed or a compiler is not installed.
 """
 
 
@@ -131,6 +131,7 @@ def run(options: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> in
     from cnn_jax.plan import STEPS
     from cnn_jax.runtime.executables import saved_files
     from cnn_jax.runtime.platform import Interrupted, StopSignals
+    from cnn_jax.runtime.topologies import require_compilers
 
     steps = options.step or STEPS
     for step in steps:
@@ -164,6 +165,7 @@ def run(options: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> in
         for step in steps:
             for path in filter(Path.exists, saved_files(options.save, step)):
                 return options.parser.error(f"--save: {path} is already there")
+    require_compilers(topologies)
     try:
         with StopSignals():
             return command.compile_steps(

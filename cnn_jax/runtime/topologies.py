@@ -8,6 +8,7 @@ import dataclasses
 import importlib.util
 import math
 import re
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -15,6 +16,16 @@ from jax.experimental.topologies import get_topology_desc
 
 from cnn_jax.errors import UserError, nearest
 from cnn_jax.runtime.accelerators import ACCELERATORS, Accelerator, gpu_target_config
+
+COMPILERS: dict[str, tuple[Sequence[str], str]] = {
+    "tpu": (("libtpu",), 'libtpu: pip install "cnn_jax[aot-tpu]"'),
+    "cuda": (
+        ("jax_cuda12_plugin", "jax_cuda13_plugin"),
+        'JAX for CUDA: pip install "cnn_jax[aot-gpu]"',
+    ),
+    "cpu": ((), ""),
+}
+"""The modules of which one is a platform's compiler, and what to do without; none: it is in JAX."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,12 +83,21 @@ class Topology:
             },
         }[self.platform]
 
+    def missing_compiler(self) -> str:
+        """Returns the compiler that is not installed and how to install it; else ""."""
+        modules, needed = COMPILERS[self.platform]
+        if not modules or any(importlib.util.find_spec(module) for module in modules):
+            return ""
+        return needed
+
     def devices(self) -> list[Any]:
         """Returns the devices, for `make_mesh` and so for lowering and compiling.
 
         They hold no arrays, unless they are CPUs. Raises UserError where the compiler for them
         is not installed or refuses the topology.
         """
+        if missing := self.missing_compiler():
+            raise UserError(f"{self.name}: needs {missing}")
         try:
             if self.platform == "tpu":
                 return self._tpu_devices()
@@ -94,8 +114,6 @@ class Topology:
 
     def _tpu_devices(self) -> list[Any]:
         tpu = self.accelerator.tpu
-        if importlib.util.find_spec("libtpu") is None:
-            raise UserError(f'{self.name}: needs libtpu: pip install "cnn_jax[aot-tpu]"')
         return get_topology_desc(
             self.name,
             "tpu",
@@ -104,9 +122,6 @@ class Topology:
         ).devices
 
     def _gpu_devices(self) -> list[Any]:
-        plugins = ("jax_cuda12_plugin", "jax_cuda13_plugin")
-        if not any(importlib.util.find_spec(plugin) for plugin in plugins):
-            raise UserError(f'{self.name}: needs JAX for CUDA: pip install "cnn_jax[aot-gpu]"')
         hosts, devices = self.shape
         return get_topology_desc(
             self.name,
@@ -150,6 +165,17 @@ def parse_topology(text: str) -> Topology:
     (devices,) = shape
     hosts = math.ceil(devices / (accelerator.devices_per_host or devices))
     return Topology(name, accelerator, (hosts, devices // hosts), devices)
+
+
+def require_compilers(topologies: Iterable[Topology]) -> None:
+    """Raises UserError with a line for each compiler that is not installed."""
+    names: dict[str, list[str]] = {}
+    for topology in topologies:
+        if missing := topology.missing_compiler():
+            names.setdefault(missing, []).append(topology.name)
+    if names:
+        lines = [f"{', '.join(of_it)}: needs {missing}" for missing, of_it in names.items()]
+        raise UserError("\n".join(lines))
 
 
 def _exists(accelerator: Accelerator, shape: tuple[int, ...]) -> bool:

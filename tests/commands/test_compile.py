@@ -506,9 +506,18 @@ def test_a_small_model_compiles_for_machines_that_are_not_there(topology, needs,
     )  # the gradients, perhaps in bfloat16
 
 
-def test_a_missing_compiler_names_the_extra(tmp_path):
-    if importlib.util.find_spec("libtpu") is not None:
-        pytest.skip("libtpu is installed")
-    code, output = compiled(CONFIG, *SMALL, "--topology=v5e:2x2", "--step=train")
-    assert code == 1
-    assert 'v5e:2x2: needs libtpu: pip install "cnn_jax[aot-tpu]"' in output
+def test_missing_compilers_are_told_once_before_anything_is_compiled(monkeypatch, capsys):
+    found = importlib.util.find_spec
+    absent = {"libtpu", "jax_cuda12_plugin", "jax_cuda13_plugin"}
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *of: None if name in absent else found(name, *of)
+    )
+    monkeypatch.setattr(command, "compile_one", None)
+    several = "--topology=cpu:1,v5e:2x2,h200,v5p:2x2x1"
+    assert main(["compile", CONFIG, several, "--config.seed=1,2"]) == 1
+    captured = capsys.readouterr()
+    assert captured.err.splitlines() == [
+        'v5e:2x2, v5p:2x2x1: needs libtpu: pip install "cnn_jax[aot-tpu]"',
+        'h200:1: needs JAX for CUDA: pip install "cnn_jax[aot-gpu]"',
+    ]
+    assert captured.out == ""

@@ -16,7 +16,7 @@ import operator
 import re
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from typing import Annotated, Any, cast, get_args, get_origin, get_type_hints
 
 import jax
@@ -556,7 +556,7 @@ def _model_takes_images(
     name: str, arguments: Mapping[str, Any], dataset: DatasetInfo
 ) -> Iterator[str]:
     try:
-        _abstract_params(name, arguments, dataset)
+        abstract_variables(name, arguments, dataset)
     except (ValueError, TypeError, ArithmeticError) as error:
         yield f"model: {' '.join(str(error).split())}"
 
@@ -567,7 +567,7 @@ def _patterns_name_parameters(
     if not patterns:
         return
     with contextlib.suppress(ValueError, TypeError, ArithmeticError):  # has a rule of its own
-        params = _abstract_params(name, arguments, dataset)
+        params = abstract_variables(name, arguments, dataset)["params"]
         try:
             train_only(patterns, params)
         except UserError as error:
@@ -590,7 +590,7 @@ def _weights_fit(
     from cnn_jax.weights import load_weights  # only here: it loads orbax
 
     try:
-        like = _abstract_variables(name, arguments, dataset)
+        like = abstract_variables(name, arguments, dataset)
     except (ValueError, TypeError, ArithmeticError):  # has a rule of its own
         return
     try:
@@ -601,16 +601,21 @@ def _weights_fit(
         yield f"init_from = {path!r}: {error}"
 
 
-def _abstract_params(name: str, arguments: Mapping[str, Any], dataset: DatasetInfo) -> Any:
-    """Returns the shapes of the parameters; raises what the model raises at wrong arguments."""
-    return _abstract_variables(name, arguments, dataset)["params"]
+def abstract_variables(name: str, arguments: Mapping[str, Any], dataset: DatasetInfo) -> Any:
+    """Returns the shapes of the variables; raises what the model raises at wrong arguments."""
+    given = {**arguments, "num_classes": dataset.num_classes}
+    return _abstract_variables(name, tuple(sorted(given.items())), dataset.image_shape)
 
 
-def _abstract_variables(name: str, arguments: Mapping[str, Any], dataset: DatasetInfo) -> Any:
+@lru_cache(maxsize=16)
+def _abstract_variables(
+    name: str, arguments: tuple[tuple[str, Any], ...], image_shape: tuple[int, int, int]
+) -> Any:
+    """The rules of one configuration, and the topologies of a sweep, trace the model once."""
 
     def init() -> Any:
-        model = create_model(name, num_classes=dataset.num_classes, **arguments)
-        return model.init(jax.random.key(0), jnp.zeros((1, *dataset.image_shape)), train=False)
+        model = create_model(name, **dict(arguments))
+        return model.init(jax.random.key(0), jnp.zeros((1, *image_shape)), train=False)
 
     return jax.eval_shape(init)
 

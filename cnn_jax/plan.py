@@ -14,7 +14,7 @@ import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
-from cnn_jax.config import Config
+from cnn_jax.config import Config, abstract_variables
 from cnn_jax.data.datasets import DatasetInfo, split_range
 from cnn_jax.data.pipeline import steps_at_epoch_end
 from cnn_jax.data.sources import Crops
@@ -59,7 +59,7 @@ class Plan:
       mesh: the devices.
       compiler: what the steps are compiled with.
       train_step, eval_step, predict_step: the pure functions that are compiled.
-      spread: gives running statistics the rows that they have while training.
+      init: makes the state at step 0 from the variables that do not start at random.
       state: the abstract train state, with the sharding of every array.
     """
 
@@ -76,7 +76,7 @@ class Plan:
     train_step: TrainStep
     eval_step: EvalStep
     predict_step: PredictStep
-    spread: Callable[[Any], Any]
+    init: Callable[[Any], TrainState]
     state: TrainState
 
     def make_state(self) -> TrainState:
@@ -84,15 +84,8 @@ class Plan:
 
         Raises UserError where that file does not fit.
         """
-
-        def make(weights: Any) -> TrainState:
-            key = jax.random.fold_in(jax.random.key(self.config.seed), 0)
-            ema = self.config.ema.decay > 0
-            state = init_state(self.model, self.tx, self._image(), key, weights=weights, ema=ema)
-            return state.map_statistics(self.spread)
-
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.state)
-        return jax.jit(make, out_shardings=shardings)(self._weights())
+        return jax.jit(self.init, out_shardings=shardings)(self._weights())
 
     def make_key(self) -> jax.Array:
         """Returns the root of all randomness in the steps, on the devices."""
@@ -234,9 +227,6 @@ class Plan:
             epochs, num_examples=examples, batch_size=batch_size
         )
 
-    def _image(self) -> jax.Array:
-        return jnp.zeros((1, *self.dataset.image_shape), jnp.float32)
-
     def _batch(self, size: int, **others: Any) -> dict[str, jax.ShapeDtypeStruct]:
         sharding = batch_sharding(self.mesh)
         arrays = {
@@ -271,10 +261,6 @@ def choices(config: Config) -> dict[str, Any]:
 def _choices_line(config: Config) -> dict[str, str]:
     chosen = ", ".join(f"{key} {value}" for key, value in choices(config).items())
     return {"step": chosen} if chosen else {}
-
-
-def _as_they_are(batch_stats: Any) -> Any:
-    return batch_stats
 
 
 def _recipe(config: Config) -> dict[str, str]:
@@ -410,25 +396,26 @@ def make_plan(config: Config, *, devices: Sequence[Any] | None = None) -> Plan:
         clip_ratio=optimizer.clip_ratio,
     )
     prepare = functools.partial(normalize, mean=config.data.mean, std=config.data.std, dtype=dtype)
-    image = jax.ShapeDtypeStruct((1, *dataset.image_shape), jnp.float32)
     frozen = None
     if config.train_only:
-        variables = jax.eval_shape(
-            lambda image: model.init(jax.random.key(0), image, train=False), image
-        )
+        variables = abstract_variables(config.model.name, config.model.arguments, dataset)
         frozen = train_only(config.train_only, variables["params"])
         tx = freeze_updates(tx, frozen)
     decay = config.ema.decay
-    state = jax.eval_shape(
-        lambda image: init_state(model, tx, image, jax.random.key(0), ema=decay > 0), image
-    )
-    sharded = shard_state(mesh, state)
-    spread: Callable[[Any], Any] = _as_they_are
-    if group_size and mesh.size > 1 and micro_batch // mesh.size % group_size == 0:
-        spread = functools.partial(spread_statistics, rows=mesh.size, frozen=frozen)
-        sharded = sharded.map_statistics(
-            lambda each: shard_rows(mesh, jax.eval_shape(spread, each))
-        )
+    rows = mesh.size if group_size and micro_batch // mesh.size % group_size == 0 else 1
+
+    def init(weights: Any) -> TrainState:
+        key = jax.random.fold_in(jax.random.key(config.seed), 0)
+        image = jnp.zeros((1, *dataset.image_shape), jnp.float32)
+        state = init_state(model, tx, image, key, weights=weights, ema=decay > 0)
+        if rows == 1:
+            return state
+        return state.map_statistics(lambda each: spread_statistics(each, rows, frozen=frozen))
+
+    # JAX keeps this trace of `init` for `make_state`, unless weights come from a file.
+    state = shard_state(mesh, jax.eval_shape(init, {}))
+    if rows > 1:
+        state = state.map_statistics(lambda each: shard_rows(mesh, each))
     evaluated = FlipAveraged(model) if config.eval.average_flips else model
     return Plan(
         config=config,
@@ -454,6 +441,6 @@ def make_plan(config: Config, *, devices: Sequence[Any] | None = None) -> Plan:
         ),
         eval_step=make_eval_step(evaluated, normalize=prepare),
         predict_step=make_predict_step(evaluated, normalize=prepare),
-        spread=spread,
-        state=sharded,
+        init=init,
+        state=state,
     )

@@ -4,9 +4,12 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import pytest
 
+from cnn_jax import config
 from cnn_jax.cli.config_files import load
 from cnn_jax.config import override, parse
+from cnn_jax.models import ModernCNN
 from cnn_jax.plan import STEPS, make_plan
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -55,3 +58,23 @@ def test_every_step_of_a_plan_lowers_for_the_devices_it_is_given():
 def test_what_is_predicted_has_a_probability_for_each_class():
     made = plan(("eval.batch_size", "16"))
     assert made.lower("prediction").out_info.shape == (16, 10)
+
+
+@pytest.mark.parametrize("texts", [(), (("train_only", "head,"),)])
+def test_a_start_traces_the_first_variables_twice(texts, monkeypatch):
+    """Once for all rules of the configuration, once for the plan and the state it makes."""
+    traces = []
+    stages = ModernCNN.stages
+
+    def counted(self, images, *, train):
+        traces.append(train)
+        return stages(self, images, train=train)
+
+    monkeypatch.setattr(ModernCNN, "stages", counted)
+    config._abstract_variables.cache_clear()
+    small = (("model.width", "4"), ("model.stage_sizes", "1,"))
+    made = plan(*small, *texts, devices=jax.devices()[:1])
+    made.make_state()
+    assert traces == [False, False]
+    plan(*small, *texts, devices=jax.devices()[:2])
+    assert traces == [False, False, False], "of another topology, the rules trace nothing"

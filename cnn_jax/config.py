@@ -468,8 +468,10 @@ def _groups_fill_a_batch(statistics: str, accumulate_steps: int, batch_size: int
 def _statistics_are_of_batch_norm(
     statistics: str, name: str, arguments: Mapping[str, Any]
 ) -> Iterator[str]:
+    if statistics == "global":
+        return
     norm = arguments.get("norm", create_model(name).norm)
-    if statistics != "global" and norm in NORMS and norm not in BATCH_NORMS:
+    if norm in NORMS and norm not in BATCH_NORMS:
         yield (
             f"batch_norm.statistics = {statistics!r}: only for a model with BatchNorm; the norm of "
             f"this one is {norm!r}"
@@ -604,17 +606,19 @@ def _weights_fit(
 def abstract_variables(name: str, arguments: Mapping[str, Any], dataset: DatasetInfo) -> Any:
     """Returns the shapes of the variables; raises what the model raises at wrong arguments."""
     given = {**arguments, "num_classes": dataset.num_classes}
-    return _abstract_variables(name, tuple(sorted(given.items())), dataset.image_shape)
+    return _abstract_variables(MODELS[name], tuple(sorted(given.items())), dataset.image_shape)
 
 
 @lru_cache(maxsize=16)
 def _abstract_variables(
-    name: str, arguments: tuple[tuple[str, Any], ...], image_shape: tuple[int, int, int]
+    make: Callable[..., Any],
+    arguments: tuple[tuple[str, Any], ...],
+    image_shape: tuple[int, int, int],
 ) -> Any:
     """The rules of one configuration, and the topologies of a sweep, trace the model once."""
 
     def init() -> Any:
-        model = create_model(name, **dict(arguments))
+        model = make(**dict(arguments))
         return model.init(jax.random.key(0), jnp.zeros((1, *image_shape)), train=False)
 
     return jax.eval_shape(init)

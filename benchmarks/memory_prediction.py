@@ -1,12 +1,15 @@
 """The compiler's prediction of a training step's memory against the peak of a process that runs it.
 
-    python -m benchmarks.memory_prediction
+    python -m benchmarks.memory_prediction [--device gpu]
 
-On the CPU. For each case a process of its own compiles the step, makes state and batch, and notes
+On the CPU, for each case a process of its own compiles the step, makes state and batch, and notes
 how far its resident memory rises above that (VmHWM of /proc/self/status, Linux alone): in the first
 three steps, and in one more once what they freed is given back. The same for a program without
 YNNPACK, a library whose scratch memory is not in XLA's plan. Keeps what it finds in
 benchmarks/results/memory_prediction.json, with a paragraph on it.
+
+On a GPU the peak is that of the device's allocator, of which a new process has used nothing, and
+the file memory_prediction_gpu.json.
 """
 
 import argparse
@@ -17,7 +20,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +29,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from cnn_jax import create_model
-from cnn_jax.runtime.compiler import compile_program
+from cnn_jax.runtime.compiler import compile_program, compiler_settings
 from cnn_jax.runtime.platform import versions
 from cnn_jax.training.optim import make_optimizer
 from cnn_jax.training.state import init_state
 from cnn_jax.training.steps import make_train_step
 
 ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results" / "memory_prediction.json"
+RESULTS = {
+    "cpu": ROOT / "benchmarks" / "results" / "memory_prediction.json",
+    "gpu": ROOT / "benchmarks" / "results" / "memory_prediction_gpu.json",
+}
 
 CASES = (  # model, images in a step, pixels of a side
     ("resnet_mini", 128, 32),
@@ -41,6 +47,7 @@ CASES = (  # model, images in a step, pixels of a side
     ("resnet18", 32, 128),
     ("resnet50", 8, 128),
 )
+GPU_CASES = (("resnet18", 128, 224), ("resnet50", 32, 224), ("resnet50", 64, 224))
 STEPS = 3
 LIBRARIES = {"ynnpack": {}, "none": {"xla_cpu_experimental_ynn_fusion_type": ""}}
 """What else computes parts of a step, and the compiler's options for it."""
@@ -63,8 +70,8 @@ def settle() -> int:
     return memory("VmRSS")
 
 
-def measure(name: str, batch_size: int, size: int, library: str) -> Row:
-    """Returns prediction and measurement of one training step, in bytes."""
+def compiled_step(name: str, batch_size: int, size: int, options: Mapping[str, Any]) -> Any:
+    """Returns a compiled training step, what makes its state, its batch and its key."""
     model = create_model(name, num_classes=1000)
     tx = make_optimizer("sgd", 0.1, momentum=0.9, weight_decay=5e-4)
     step = jax.jit(make_train_step(model, tx), donate_argnums=0)
@@ -80,11 +87,15 @@ def measure(name: str, batch_size: int, size: int, library: str) -> Row:
         "label": jnp.asarray(random.integers(1000, size=batch_size), jnp.int32),
     }
     lowered = step.lower(jax.eval_shape(jax.jit(make_state)), batch, key)
-    compiled = compile_program(lowered, LIBRARIES[library])
-    found = compiled.memory_analysis()
-    state = jax.block_until_ready(jax.jit(make_state)())
+    return compile_program(lowered, options), jax.jit(make_state), batch, key
 
-    del images
+
+def measure(name: str, batch_size: int, size: int, library: str) -> Row:
+    """Returns prediction and measurement of one training step on the CPU, in bytes."""
+    compiled, make_state, batch, key = compiled_step(name, batch_size, size, LIBRARIES[library])
+    found = compiled.memory_analysis()
+    state = jax.block_until_ready(make_state())
+
     before = settle()
     for _ in range(STEPS):
         state = jax.block_until_ready(compiled(state, batch, key))[0]
@@ -98,6 +109,23 @@ def measure(name: str, batch_size: int, size: int, library: str) -> Row:
         "predicted_rise": rise,
         "first_rise": first_rise,
         "later_rise": memory("VmHWM") - before_another,
+    }
+
+
+def measure_on_gpu(name: str, batch_size: int, size: int) -> Row:
+    """Returns the predicted and the measured peak of a process that takes steps, in bytes."""
+    options = compiler_settings().options
+    compiled, make_state, batch, key = compiled_step(name, batch_size, size, options)
+    found = compiled.memory_analysis()
+    state = make_state()
+    for _ in range(STEPS):
+        state = jax.block_until_ready(compiled(state, batch, key))[0]
+    device = jax.local_devices()[0]
+    more = found.temp_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
+    return {
+        "device": device.device_kind,
+        "predicted_peak": found.argument_size_in_bytes + more,
+        "peak": device.memory_stats()["peak_bytes_in_use"],
     }
 
 
@@ -139,26 +167,43 @@ def paragraph(rows: Sequence[Row]) -> str:
     )
 
 
+def paragraph_on_gpu(rows: Sequence[Row]) -> str:
+    """Returns what the rows of a GPU say."""
+    runs = [run for row in rows for run in row["runs"]]
+    ratios = [run["peak"] / run["predicted_peak"] for run in runs]
+    return (
+        f"A process on one {runs[0]['device']} takes {min(ratios):.3f} to {max(ratios):.3f} times "
+        f"the peak that the compiler predicts for the step, over {len(rows)} steps."
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=int, default=2, help="processes for each case")
+    parser.add_argument("--device", choices=RESULTS, default="cpu", help="to run on")
     parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
         name, batch_size, size, library = options.child
-        print(json.dumps(measure(name, int(batch_size), int(size), library)))
+        case = name, int(batch_size), int(size)
+        on_cpu = options.device == "cpu"
+        print(json.dumps(measure(*case, library) if on_cpu else measure_on_gpu(*case)))
         return
 
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     processor = next(line.split(": ")[1] for line in lines if line.startswith("model name"))
     rows: list[Row] = []
-    for name, batch_size, size in CASES:
+    on_cpu = options.device == "cpu"
+    libraries = [*["ynnpack"] * options.runs, "none"] if on_cpu else [""] * options.runs
+    say = paragraph if on_cpu else paragraph_on_gpu
+    for name, batch_size, size in CASES if on_cpu else GPU_CASES:
         case = [name, str(batch_size), str(size)]
-        environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+        environment = {**os.environ, "JAX_PLATFORMS": "cpu" if on_cpu else "cuda"}
         runs = []
-        for library in (*["ynnpack"] * options.runs, "none"):
+        for library in libraries:
+            child = ["benchmarks.memory_prediction", "--device", options.device, "--child", *case]
             done = subprocess.run(
-                [sys.executable, "-m", "benchmarks.memory_prediction", "--child", *case, library],
+                [sys.executable, "-m", *child, library],
                 cwd=ROOT,
                 env=environment,
                 stdout=subprocess.PIPE,
@@ -167,18 +212,23 @@ def main() -> None:
             runs.append(json.loads(done.stdout.splitlines()[-1]))
         rows.append({"model": name, "batch_size": batch_size, "image_size": size, "runs": runs})
         for run in runs:
-            shown = [f"{kind} {run[kind] / MIB:.1f} MiB" for kind in run if kind != "library"]
-            print(name, batch_size, size, run["library"], *shown, flush=True)
+            shown = [
+                f"{kind} {value / MIB:.1f} MiB" if isinstance(value, int) else value
+                for kind, value in run.items()
+            ]
+            print(name, batch_size, size, *shown, flush=True)
         result = {
-            "command": f"python -m benchmarks.memory_prediction --runs {options.runs}",
+            "command": "python -m benchmarks.memory_prediction "
+            f"--device {options.device} --runs {options.runs}",
             "machine": f"{os.cpu_count()} cores of {processor}, {platform.system()}",
             "versions": versions(),
-            "finding": paragraph(rows),
+            "finding": say(rows),
             "rows": rows,
         }
-        RESULTS.parent.mkdir(exist_ok=True)
-        RESULTS.write_text(json.dumps(result, indent=2) + "\n")
-    print(paragraph(rows))
+        results = RESULTS[options.device]
+        results.parent.mkdir(exist_ok=True)
+        results.write_text(json.dumps(result, indent=2) + "\n")
+    print(say(rows))
 
 
 if __name__ == "__main__":

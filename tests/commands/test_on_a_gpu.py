@@ -1,0 +1,120 @@
+"""What is compiled for a described GPU, on that GPU; skipped where there is none."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cnn_jax.runtime.accelerators import ACCELERATORS
+
+ROOT = Path(__file__).parents[2]
+
+KIND = "import jax; print(jax.devices()[0].device_kind)"
+
+PEAK = """
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from cnn_jax.cli.config_files import load, split_overrides
+from cnn_jax.config import override, parse
+from cnn_jax.plan import make_plan
+from cnn_jax.runtime.compiler import compile_program
+
+_, texts = split_overrides(sys.argv[2:])
+plan = make_plan(parse(override(load(Path(sys.argv[1])), texts), num_devices=1))
+step = compile_program(plan.lower("train"), plan.compiler.options)
+state, key = plan.make_state(), plan.make_key()
+batch = {
+    name: jax.device_put(np.zeros(each.shape, each.dtype), each.sharding)
+    for name, each in plan.arguments("train")["batch"].items()
+}
+for _ in range(2):
+    state = jax.block_until_ready(step(state, batch, key))[0]
+print(jax.local_devices()[0].memory_stats()["peak_bytes_in_use"])
+"""
+
+
+def run(*arguments, platform="cuda"):
+    """Runs Python in a process of its own, which sees one GPU; returns what it printed."""
+    environment = os.environ | {
+        "JAX_PLATFORMS": platform,
+        "CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0],
+        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+    }
+    del environment["JAX_NUM_CPU_DEVICES"]
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def topology():
+    """The name of the first GPU of this machine."""
+    if shutil.which("nvidia-smi") is None:
+        pytest.skip("this machine has no GPU of NVIDIA")
+    found = run("-c", KIND)
+    if found.returncode:
+        pytest.skip(f"JAX finds no GPU: {found.stderr.strip().splitlines()[-1]}")
+    kind = found.stdout.strip()
+    names = [name for name, each in ACCELERATORS.items() if each.kind == kind]
+    if not names:
+        pytest.skip(f"{kind} is not described in cnn_jax.runtime.accelerators")
+    return names[0]
+
+
+def succeeded(result):
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_step_takes_the_memory_that_was_predicted(precision, topology, tmp_path):
+    """Within a tenth, in a process that does nothing else; code is not in the card's count."""
+    config = "configs/synthetic.py"
+    changes = ["--config.batch_size=64", f"--config.precision={precision}"]
+    report = tmp_path / "report.json"
+    flags = [f"--topology={topology}", "--step=train", f"--json={report}"]
+    succeeded(run("-m", "cnn_jax", "compile", f"--config={config}", *changes, *flags))
+    (row,) = json.loads(report.read_text())["rows"]
+    predicted = row["memory"]["peak"] - row["memory"]["code"]
+    measured = int(succeeded(run("-c", PEAK, config, *changes)).splitlines()[-1])
+    assert predicted == pytest.approx(measured, rel=0.1)
+
+
+@pytest.mark.slow
+def test_a_run_starts_with_programs_compiled_without_the_card(topology, tmp_path):
+    """And its first step has the loss that a step compiled on the card has."""
+    flags = [
+        "--config=configs/quickstart.py",
+        "--config.num_epochs=1",
+        "--config.data.train_split=train[:640]",
+        "--config.data.test_split=test[:256]",
+        "--config.log.every_steps=1",
+    ]
+    programs = tmp_path / "programs"
+    steps = ["--step=train,evaluation", f"--topology={topology}", f"--save={programs}"]
+    succeeded(run("-m", "cnn_jax", "compile", *flags, *steps, platform="cpu"))
+    losses = []
+    for name, compiled in {"saved": [f"--compiled={programs}"], "own": []}.items():
+        workdir = tmp_path / name
+        output = succeeded(run("train.py", *flags, f"--workdir={workdir}", *compiled))
+        for step in ("train", "evaluation"):
+            said = f"the {step} step is the one in {programs}: nothing to compile"
+            assert (said in output) == (name == "saved")
+        rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+        losses.append(next(row["train/loss"] for row in rows if "train/loss" in row))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-2)

@@ -103,17 +103,19 @@ def _sums(a: Array, b: Array) -> tuple[jax.Array, jax.Array]:
     For a GPU one reduction takes both over the pixels of each image: XLA would keep apart what it
     could fuse into that. Over the images they are two, as one that crosses devices would gather.
     """
-    pixels = tuple(range(1, a.ndim - 1))
+    return lax.platform_dependent(a, b, cuda=_together, default=_apart)
 
-    def together(a: Array, b: Array) -> Any:
-        zero = jnp.zeros((), a.dtype)
-        of_images = lax.reduce((a, b), (zero, zero), _add_each, pixels) if pixels else (a, b)
-        return jnp.sum(of_images[0], 0), jnp.sum(of_images[1], 0)
 
-    def apart(a: Array, b: Array) -> Any:
-        return jnp.sum(a, (0, *pixels)), jnp.sum(b, (0, *pixels))
+# Branches have names of their own because JAX keeps the trace of a function that it has seen.
+def _together(a: Any, b: Any) -> Any:
+    pixels, zero = tuple(range(1, a.ndim - 1)), jnp.zeros((), a.dtype)
+    of_images = lax.reduce((a, b), (zero, zero), _add_each, pixels) if pixels else (a, b)
+    return jnp.sum(of_images[0], 0), jnp.sum(of_images[1], 0)
 
-    return lax.platform_dependent(a, b, cuda=together, default=apart)
+
+def _apart(a: Any, b: Any) -> Any:
+    but_channels = tuple(range(a.ndim - 1))
+    return jnp.sum(a, but_channels), jnp.sum(b, but_channels)
 
 
 def _add_each(a: Any, b: Any) -> Any:
@@ -122,11 +124,15 @@ def _add_each(a: Any, b: Any) -> Any:
 
 def anew(*arrays: Array) -> tuple[Any, ...]:
     """Returns the arrays; a compiler for a GPU makes what comes of them again, not keeping it."""
+    return lax.platform_dependent(*arrays, cuda=_barrier, default=_unchanged)
 
-    def barrier(*arrays: Array) -> Any:
-        return lax.optimization_barrier(arrays)
 
-    return lax.platform_dependent(*arrays, cuda=barrier, default=lambda *arrays: arrays)
+def _barrier(*arrays: Any) -> Any:
+    return lax.optimization_barrier(arrays)
+
+
+def _unchanged(*arrays: Any) -> Any:
+    return arrays
 
 
 @jax.custom_vjp

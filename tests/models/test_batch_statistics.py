@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from cnn_jax import create_model
+from cnn_jax.models import batch_statistics
 from cnn_jax.models.batch_statistics import normalize, relu
 
 EPSILON = 1e-5
@@ -92,3 +93,23 @@ def test_a_network_that_evaluates_has_derivatives_of_both_directions(norm):
     forward = jnp.sum(u * jax.jvp(logits, (image,), (v,))[1])
     backward = jnp.sum(v * jax.vjp(logits, image)[1](u)[0])
     np.testing.assert_allclose(forward, backward, rtol=1e-4)
+
+
+def test_branches_of_equal_shape_are_traced_once(monkeypatch):
+    """However many norms a network has: what a platform does is traced in Python."""
+    traced = []
+    apart = batch_statistics._apart
+
+    def counted(a, b):
+        traced.append(a.shape)
+        return apart(a, b)
+
+    monkeypatch.setattr(batch_statistics, "_apart", counted)
+
+    def loss(x, scale):
+        for _ in range(3):
+            x, _, _ = ours(x, scale, scale, True)
+        return x.sum()
+
+    jax.eval_shape(jax.grad(loss), jnp.ones((2, 5, 7, 3)), jnp.ones(3))
+    assert traced in ([(2, 5, 7, 3)], 2 * [(2, 5, 7, 3)]), "forwards, and perhaps backwards"

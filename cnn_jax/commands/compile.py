@@ -103,7 +103,9 @@ def compile_steps(
                     add(compile_one(variant, topology, step, options))
     _say("", table(rows), *details(rows), *answers)
     if compared is not None:
-        before, after = ([row for row in rows if row["file"] == file] for file in compared)
+        before, after = (
+            [row | {"file": ""} for row in rows if row["file"] == file] for file in compared
+        )
         _say("", compare(before, after, compared))
     if json_file is not None:
         _say(f"written to {json_file}")
@@ -469,9 +471,13 @@ def _estimated(row: Row, key: str) -> str:
 def compare(before: Sequence[Row], after: Sequence[Row], names: tuple[str, str]) -> str:
     """Returns a line for each count that is another in rows of the same topology and step."""
     lines = [f"{names[0]} -> {names[1]}"]
-    theirs = {(row["topology"], row["variant"], row["step"]): row for row in after}
+
+    def key_of(row: Row) -> tuple[str, ...]:
+        return row["topology"], row.get("file", ""), row["variant"], row["step"]
+
+    theirs = {key_of(row): row for row in after}
     for row in before:
-        key = (row["topology"], row["variant"], row["step"])
+        key = key_of(row)
         if key not in theirs:
             lines.append(f"{' '.join(filter(None, key))}: only in {names[0]}")
             continue

@@ -141,10 +141,13 @@ def test_the_rows_of_two_configurations_are_told_apart(
         "          'capacity': 2**30}, 'kernels': 7}\n"
         "open(request['report'], 'w').write(json.dumps(answer))"
     )
-    flags = ["--topology=cpu:1", "--step=train", "--config.seed=1,2"]
+    report = str(tmp_path / "report.json")
+    flags = ["--topology=cpu:1", "--step=train", "--config.seed=1,2", f"--json={report}"]
     assert main(["compile", "--compare", *two_configurations, *flags]) == 0
     output = capsys.readouterr().out
-    assert output[output.index(" -> ") :].splitlines()[1:] == [
+    assert main(["compile", "--compare", report, report]) == 0
+    assert capsys.readouterr().out.count(": the same") == 4
+    assert output[output.index(" -> ") :].splitlines()[1:-1] == [
         "cpu:1 seed=1 train:",
         "  memory.peak: 33 -> 65 (+97.0%)",
         "  batch: 32 -> 64 (+100.0%)",

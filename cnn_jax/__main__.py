@@ -14,6 +14,7 @@ from cnn_jax.cli import compile as compile_
 from cnn_jax.cli import convert as convert_
 from cnn_jax.cli import data as data_
 from cnn_jax.cli import evaluate as evaluate_
+from cnn_jax.cli import export as export_
 from cnn_jax.cli import inspect as inspect_
 from cnn_jax.cli import plot as plot_
 from cnn_jax.cli import predict as predict_
@@ -27,6 +28,7 @@ COMMANDS = (
     train_,
     evaluate_,
     predict_,
+    export_,
     plot_,
     inspect_,
     convert_,

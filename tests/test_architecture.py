@@ -37,6 +37,7 @@ MAY_IMPORT = {  # of the package, by part; every part may import itself
         "commands.convert",
         "commands.data",
         "commands.evaluate",
+        "commands.export",
         "commands.inspect",
         "commands.plot",
         "commands.predict",

@@ -1,6 +1,7 @@
 """1x1 convolutions: matrix products of the same numbers on the CPU, unchanged elsewhere."""
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -51,6 +52,25 @@ def test_the_platform_decides():
     for platform in ("tpu", "cuda"):
         assert "dot_general" not in lowered_for(platform, (2, 2))
         assert "stablehlo.convolution" in lowered_for(platform, (2, 2))
+
+
+def test_one_exported_program_has_what_each_platform_takes():
+    def call(x, kernel):
+        return convolve(x, kernel, (2, 2), VALID, dimension_numbers=CHANNELS_LAST)
+
+    (batch,) = jax.export.symbolic_shape("batch")
+    shapes = [(batch, 7, 7, 4), (1, 1, 4, 6)]
+    shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    export = jax.export.export(jax.jit(call), platforms=("cpu", "cuda", "tpu"))
+    exported = jax.export.deserialize(export(*shapes).serialize())
+    assert "dot_general" in exported.mlir_module()
+    assert "stablehlo.convolution" in exported.mlir_module()
+    rng = np.random.default_rng(0)
+    x, kernel = (
+        rng.normal(size=shape).astype(np.float32) for shape in ((3, 7, 7, 4), (1, 1, 4, 6))
+    )
+    expected = x[:, ::2, ::2].astype(np.float64) @ kernel[0, 0].astype(np.float64)
+    np.testing.assert_allclose(exported.call(x, kernel), expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(

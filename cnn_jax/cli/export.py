@@ -1,0 +1,62 @@
+"""`export`, on the command line."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from cnn_jax.cli.arguments import add_command, add_run, new_file
+
+DESCRIPTION = """\
+Writes what a run has learned as one file: a function of uint8 images that gives the
+probabilities of the classes, for CPU, CUDA and TPU and any batch size. JAX alone runs
+it, without this package; docs/using.md has the lines that do."""
+
+EPILOG = """\
+examples:
+  %(prog)s --workdir runs/quickstart --to clothes.zip
+  %(prog)s --workdir runs/quickstart --checkpoint best --to clothes.zip
+
+Exit code: 0 when done, 2 for a mistake in the command, 1 for anything else.
+"""
+
+
+def add(commands: Any) -> None:
+    """Adds the command and its flags."""
+    parser = add_command(
+        commands,
+        "export",
+        run,
+        help="write what a run has learned as one file, for use without this package",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+    )
+    add_run(parser)
+    parser.add_argument(
+        "--to", metavar="FILE", type=new_file, required=True, help="the file, which must not exist"
+    )
+    parser.add_argument(
+        "--format",
+        choices=("stablehlo",),
+        default="stablehlo",
+        help="a zip with StableHLO, as jax.export writes it, and a JSON (default: stablehlo)",
+    )
+
+
+def run(options: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> int:
+    """Returns the exit code of the command."""
+    if overrides:
+        options.parser.error(f"--config.{overrides[0][0]}: the run has its configuration")
+    from cnn_jax.commands.export import export
+
+    path: Path = options.to
+    about = export(options.workdir, path, checkpoint=options.checkpoint)
+    shape = " x ".join(map(str, about["input"]["shape"]))
+    norms = ", BatchNorm folded" if about["batch_norms_folded"] else ""
+    print(
+        f"{path}: {about['model']} at step {about['step']:,}{norms}, "
+        f"{path.stat().st_size:,} bytes\n"
+        f"uint8 {shape} to probabilities of {len(about['class_names'])} classes, "
+        f"on {', '.join(about['platforms'])}"
+    )
+    return 0

@@ -1,0 +1,139 @@
+"""`export`: a file that JAX alone runs, with the numbers of the run."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import jax.export
+import numpy as np
+import pytest
+
+from cnn_jax.__main__ import main
+from cnn_jax.commands.export import export
+from cnn_jax.data.sources import open_source
+from cnn_jax.errors import UserError
+from cnn_jax.trained import open_run
+
+SIZES = (1, 7, 64)
+
+USING = (Path(__file__).parents[2] / "docs" / "using.md").read_text()
+(LOAD,) = re.findall(r"```py\n(.*?)```", USING, re.DOTALL)
+
+IN_A_PROCESS = f"""
+import os, sys
+
+sys.meta_path = [finder for finder in sys.meta_path if "editable" not in repr(finder)]
+sys.path = [entry for entry in sys.path if not os.path.isdir(os.path.join(entry, "cnn_jax"))]
+{LOAD}
+import importlib.util
+
+images = np.load("images.npy")
+np.savez("found.npz", **{{str(size): predict(images[:size]) for size in {SIZES}}})
+assert importlib.util.find_spec("cnn_jax") is None, "the package can be imported"
+assert not {{"cnn_jax", "flax"}} & sys.modules.keys()
+print(json.dumps(about["class_names"]))
+"""
+
+
+@pytest.fixture(scope="module")
+def images(reference):
+    data_dir = open_run(reference).config.data.data_dir
+    return open_source("fashion_mnist_10k", "test[:64]", data_dir=data_dir).batch(np.arange(64))[
+        "image"
+    ]
+
+
+@pytest.fixture(scope="module")
+def artefact(reference, tmp_path_factory):
+    path = tmp_path_factory.mktemp("export") / "clothes.zip"
+    assert main(["export", f"--workdir={reference}", f"--to={path}"]) == 0
+    return path
+
+
+def expected_probabilities(run, images):
+    """By flax alone, BatchNorms and all, and a softmax in float64."""
+    pixels = images.astype(np.float32) / 255
+    logits = run.model.apply(run.variables, (pixels - 0.2860) / 0.3530, train=False)
+    exponents = np.exp(np.asarray(logits, np.float64))
+    return exponents / exponents.sum(axis=1, keepdims=True)
+
+
+def test_a_process_without_this_package_has_the_same_probabilities(
+    reference, artefact, images, tmp_path
+):
+    np.save(tmp_path / "images.npy", images)
+    shutil.copy(artefact, tmp_path)
+    result = subprocess.run(
+        [sys.executable, "-I", "-c", IN_A_PROCESS],
+        cwd=tmp_path,
+        env=os.environ | {"JAX_NUM_CPU_DEVICES": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    run = open_run(reference)
+    assert tuple(json.loads(result.stdout.splitlines()[-1])) == run.class_names
+    expected = expected_probabilities(run, images)
+    assert np.ptp(expected) > 0.1
+    found = np.load(tmp_path / "found.npz")
+    for size in SIZES:
+        np.testing.assert_allclose(found[str(size)], expected[:size], rtol=0, atol=1e-5)
+
+
+def test_one_program_for_three_platforms_without_batch_norms(reference, artefact):
+    with zipfile.ZipFile(artefact) as file:
+        assert file.namelist() == ["model.json", "model.stablehlo"]
+        about = json.loads(file.read("model.json"))
+        exported = jax.export.deserialize(bytearray(file.read("model.stablehlo")))
+    assert exported.platforms == ("cpu", "cuda", "tpu")
+    assert [str(each) for each in exported.in_avals] == ["uint8[batch,28,28,1]"]
+    assert [str(each) for each in exported.out_avals] == ["float32[batch,10]"]
+    assert exported.nr_devices == 1
+    module = exported.mlir_module()
+    assert "stablehlo.convolution" in module
+    assert "rsqrt" not in module  # nor anything else of a BatchNorm
+    assert about["batch_norms_folded"] is True
+    assert about["input"]["shape"] == ["batch", 28, 28, 1]
+    assert about["preprocessing"]["mean"] == [0.2860]
+    assert about["step"] == 24
+    assert about["versions"]["jax"] == jax.__version__
+
+
+def test_which_checkpoint(reference, tmp_path):
+    assert export(reference, tmp_path / "a.zip", checkpoint="21", platforms=["cpu"])["step"] == 21
+
+
+def test_mistakes_have_one_message(reference, artefact, tmp_path, capsys, monkeypatch):
+    def refused(*arguments):
+        with pytest.raises(SystemExit) as end:
+            main(["export", *arguments])
+        assert end.value.code == 2
+        return capsys.readouterr().err.splitlines()[-1]
+
+    before = artefact.read_bytes()
+    to = f"--to={tmp_path / 'new.zip'}"
+    run = f"--workdir={reference}"
+    assert "is already there; name another file" in refused(run, f"--to={artefact}")
+    assert "there is no directory" in refused(run, f"--to={tmp_path / 'no' / 'new.zip'}")
+    assert "required: --to" in refused(run)
+    assert "invalid choice: 'onnx'" in refused(run, to, "--format=onnx")
+    assert "the run has its configuration" in refused(run, to, "--config.batch_size=3")
+    with pytest.raises(UserError, match="exists already and is left as it is"):
+        export(reference, artefact)
+    assert artefact.read_bytes() == before
+
+    assert main(["export", f"--workdir={tmp_path}", to]) == 1
+    assert "holds no run" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "flatbuffers", None)
+    assert main(["export", run, to]) == 1
+    assert capsys.readouterr().err == (
+        "export: jax.export needs flatbuffers; install it: pip install flatbuffers\n"
+    )
+    assert list(tmp_path.iterdir()) == []

@@ -5,17 +5,27 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from cnn_jax.cli.arguments import add_command, existing_file, image_size, model_name, positive
+from cnn_jax.cli.arguments import (
+    add_command,
+    existing_directory,
+    existing_file,
+    image_size,
+    model_name,
+    positive,
+)
 from cnn_jax.cli.config_files import parsed
 
 USAGE = """\
 %(prog)s --config FILE [--config.KEY=VALUE ...]
        %(prog)s --model NAME [--image-size N] [--channels N]
-       and in either case [--depth N] [--json FILE]"""
+       %(prog)s --workdir RUN [--checkpoint WHICH] [--pictures DIR [--image FILE [--class NAME]]]
+       and in each case [--depth N] [--json FILE]"""
 
 DESCRIPTION = """\
 Shows the layers of a network with their outputs, strides, receptive fields,
-parameters, multiply-adds and activations, without running it. It needs no data."""
+parameters, multiply-adds and activations, without running it. It needs no data.
+Of a run it draws what was learned: the filters of the first convolution, and for an
+image what every stage makes of it and where the evidence for a class lies (Grad-CAM)."""
 
 EPILOG = """\
 examples:
@@ -23,6 +33,7 @@ examples:
   %(prog)s --config configs/quickstart.py --config.model.width=64
   %(prog)s --model resnet50 --image-size 224x160 --depth 9
   %(prog)s --model resnet50 --json -
+  %(prog)s --workdir runs/quickstart --pictures pictures --image shoe.png --class Sneaker
 
 Exit code: 0 when done, 2 for a mistake in the command or the configuration,
 1 for anything else.
@@ -47,6 +58,9 @@ def add(commands: Any) -> None:
     network.add_argument(
         "--model", metavar="NAME", type=model_name, help="a network by name, with 1000 classes"
     )
+    network.add_argument(
+        "--workdir", metavar="RUN", type=existing_directory, help="the network of a run"
+    )
     parser.add_argument("--config.KEY", metavar="VALUE", help="override a key of FILE")
     parser.add_argument(
         "--image-size",
@@ -56,6 +70,23 @@ def add(commands: Any) -> None:
     )
     parser.add_argument(
         "--channels", metavar="N", type=positive, help="with --model: of the image (default: 3)"
+    )
+    parser.add_argument(
+        "--checkpoint", metavar="WHICH", help="with --workdir: last, best or a step (default: last)"
+    )
+    parser.add_argument(
+        "--pictures", metavar="DIR", help="with --workdir: draw filters.png in this directory"
+    )
+    parser.add_argument(
+        "--image",
+        metavar="FILE",
+        help="with --pictures: draw stages.png and evidence.png of this image as well",
+    )
+    parser.add_argument(
+        "--class",
+        metavar="NAME",
+        dest="class_name",
+        help="with --image: whose evidence to draw (default: the predicted class)",
     )
     parser.add_argument(
         "--depth",
@@ -73,20 +104,43 @@ def add(commands: Any) -> None:
 
 def run(options: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> int:
     """Returns the exit code of the command."""
-    given = {"--image-size": options.image_size, "--channels": options.channels}
-    misplaced = [flag for flag, value in given.items() if value is not None]
-    if options.config and misplaced:
-        options.parser.error(f"{misplaced[0]}: only with --model; the data set of FILE gives it")
-    if options.model and overrides:
+    of_a_model = {"--image-size": options.image_size, "--channels": options.channels}
+    of_a_run = {
+        "--checkpoint": options.checkpoint,
+        "--pictures": options.pictures,
+        "--image": options.image,
+        "--class": options.class_name,
+    }
+    misplaced = [flag for flag, value in of_a_model.items() if value is not None]
+    if not options.model and misplaced:
+        options.parser.error(f"{misplaced[0]}: only with --model; the data set gives it")
+    misplaced = [flag for flag, value in of_a_run.items() if value is not None]
+    if not options.workdir and misplaced:
+        options.parser.error(f"{misplaced[0]}: only with --workdir")
+    if options.image and not options.pictures:
+        options.parser.error("--image: only with --pictures, where to draw")
+    if options.class_name and not options.image:
+        options.parser.error("--class: only with --image")
+    if not options.config and overrides:
         options.parser.error(f"--config.{overrides[0][0]}: only with --config")
 
-    from cnn_jax.commands.inspect import inspect_config, inspect_model
+    from cnn_jax.commands.inspect import inspect_config, inspect_model, inspect_run
     from cnn_jax.config import ConfigError
 
     shown = {"depth": options.depth, "json_file": options.json}
     if options.model:
         image_shape = (*(options.image_size or (224, 224)), options.channels or 3)
         return inspect_model(options.model, image_shape, **shown)
+    if options.workdir:
+        drawn = {"pictures": options.pictures, "image": options.image}
+        checkpoint = options.checkpoint or "last"
+        return inspect_run(
+            options.workdir,
+            checkpoint=checkpoint,
+            class_name=options.class_name,
+            **drawn,
+            **shown,
+        )
     try:
         return inspect_config(parsed(options.config, overrides), **shown)
     except ConfigError as error:

@@ -6,14 +6,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict
 
 from cnn_jax.config import Config
-from cnn_jax.errors import UserError
+from cnn_jax.data.image_files import read_image
+from cnn_jax.errors import UserError, nearest
 from cnn_jax.models import create_model
+from cnn_jax.models.explaining import class_activation_map, feature_maps
 from cnn_jax.models.geometry import Layer, grouped, layers, table, total
 from cnn_jax.plan import make_model
 from cnn_jax.runtime.files import write_json_file
+from cnn_jax.runtime.pictures import draw_evidence, draw_feature_maps, draw_filters
+from cnn_jax.trained import Trained, open_run
 
 LEGEND = """\
 Of one image. stride: pixels of the image between neighbours of the output; field: pixels of the
@@ -47,6 +54,70 @@ def inspect_model(
     except (ValueError, TypeError, ArithmeticError) as error:
         raise UserError(f"{name}: {' '.join(str(error).split())}") from error
     return _show(name, image_shape, rows, json_file)
+
+
+def inspect_run(
+    workdir: str | Path,
+    *,
+    checkpoint: str = "last",
+    pictures: str | Path | None = None,
+    image: str | Path | None = None,
+    class_name: str | None = None,
+    depth: int = 1,
+    json_file: str | None = None,
+) -> int:
+    """Prints the layers of a run's network, and draws what it has learned; returns 0.
+
+    The directory `pictures` receives `filters.png`, those of the first convolution. With the file
+    of an `image` also `stages.png`, what every stage makes of it, and `evidence.png`, where the
+    evidence for a class lies: the predicted one, or that of `class_name`.
+
+    Raises UserError for a run, an image or a class that is not there, or a directory that cannot be
+    written. See `inspect_config`.
+    """
+    run = open_run(workdir, checkpoint=checkpoint)
+    if class_name is not None and class_name not in run.class_names:
+        hint = nearest(class_name, run.class_names)
+        raise UserError(f"class {class_name!r}: is not one of the run's classes{hint}")
+    shape = run.dataset.image_shape
+    pixels = np.zeros(shape, np.uint8) if image is None else read_image(Path(image), shape)
+    inspect_config(run.config, depth=depth, json_file=json_file)
+    if pictures is None:
+        return 0
+    directory = Path(pictures)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        _draw_filters(directory, run, pixels)
+        if image is not None:
+            _draw_image(directory, run, pixels, class_name)
+    except OSError as error:
+        raise UserError(f"{directory}: cannot be written: {error.strerror or error}") from error
+    if json_file != "-":
+        print(f"\ndrawn in {directory}")
+    return 0
+
+
+def _draw_filters(directory: Path, run: Trained, pixels: np.ndarray) -> None:
+    maps = feature_maps(run.model, run.variables, run.normalize(pixels[None]))
+    params = flatten_dict(run.variables["params"], sep="/")
+    kernels = (params[f"{path}/kernel"] for path in maps if f"{path}/kernel" in params)
+    draw_filters(directory / "filters.png", np.asarray(next(kernels), np.float32))
+
+
+def _draw_image(directory: Path, run: Trained, pixels: np.ndarray, class_name: str | None) -> None:
+    images = run.normalize(pixels[None])
+    stages = run.model.clone(features_only=True).apply(run.variables, images, train=False)
+    maps = {f"stage {n}": np.asarray(x[0], np.float32) for n, x in enumerate(stages, start=1)}
+    draw_feature_maps(directory / "stages.png", maps)
+
+    probabilities = jax.nn.softmax(run.model.apply(run.variables, images, train=False))[0]
+    predicted = int(probabilities.argmax())
+    shown = predicted if class_name is None else run.class_names.index(class_name)
+    evidence = class_activation_map(run.model, run.variables, images, jnp.array([shown]))[0]
+    caption = f"{run.class_names[shown]} ({probabilities[shown]:.1%})"
+    if shown != predicted:
+        caption += f"; predicted: {run.class_names[predicted]} ({probabilities[predicted]:.1%})"
+    draw_evidence(directory / "evidence.png", pixels, np.asarray(evidence, np.float32), caption)
 
 
 def _show(

@@ -1,4 +1,4 @@
-"""What was learned, as pictures: confusion, calibration, mistakes, curves of several runs."""
+"""What was learned, as pictures: scores, filters, feature maps, evidence, curves of runs."""
 
 import contextlib
 import io
@@ -107,6 +107,43 @@ def draw_contact_sheet(path: Path, images: np.ndarray, captions: Sequence[str]) 
         for axes, image, caption in zip(cells, images, captions, strict=False):
             show(axes, image)
             axes.set_title(caption, fontsize=7)
+
+
+def draw_filters(path: Path, kernel: np.ndarray) -> None:
+    """Draws filters [h, w, c, n] about grey, which is 0; in colour for three channels."""
+    filters = np.moveaxis(kernel, -1, 0)
+    if filters.shape[-1] != 3:
+        filters = np.repeat(filters.mean(axis=-1, keepdims=True), 3, axis=-1)
+    scale = 2 * max(float(np.abs(filters).max()), 1e-12)
+    draw_contact_sheet(path, 0.5 + filters / scale, [str(n) for n in range(len(filters))])
+
+
+def draw_feature_maps(path: Path, maps: Mapping[str, np.ndarray]) -> None:
+    """Draws, of each feature map [h, w, c] by name, the channels that vary most."""
+    with picture(path, 1.4 * COLUMNS, 1.75 * len(maps)) as figure:
+        rows = figure.subfigures(len(maps), 1, squeeze=False).ravel()
+        for row, (name, channels) in zip(rows, maps.items(), strict=True):
+            order = np.argsort(-channels.std(axis=(0, 1)), kind="stable")[:COLUMNS]
+            row.suptitle(f"{name}: {' x '.join(map(str, channels.shape))}", fontsize=9)
+            for axes, number in zip(row.subplots(1, COLUMNS), order, strict=False):
+                show(axes, channels[..., number], cmap="viridis")
+                axes.set_xlabel(f"channel {number}", fontsize=7)
+            for axes in row.axes[len(order) :]:
+                axes.axis("off")
+
+
+def draw_evidence(path: Path, image: np.ndarray, evidence: np.ndarray, caption: str) -> None:
+    """Draws uint8 pixels, and over them where the evidence [h, w] for a class lies."""
+    height, width = image.shape[:2]
+    with picture(path, 8.5, 4.2) as figure:
+        figure.suptitle(caption)
+        left, right = figure.subplots(1, 2)
+        show(left, image)
+        show(right, image)
+        whole = (-0.5, width - 0.5, height - 0.5, -0.5)
+        smooth = {"interpolation": "bilinear", "extent": whole, "alpha": 0.55}
+        drawn = right.imshow(evidence, cmap="inferno", vmin=0, **smooth)
+        figure.colorbar(drawn, label="Grad-CAM", shrink=0.8)
 
 
 def smoothed(values: Sequence[float], weight: float) -> np.ndarray:

@@ -116,18 +116,30 @@ USAGE = {
         ["--model=resnt50"],
         "argument --model: unknown model 'resnt50' (did you mean 'resnet50'?)",
     ),
-    "neither": ([], "one of the arguments --config --model is required"),
+    "neither": ([], "one of the arguments --config --model --workdir is required"),
     "both": (
         ["--config", QUICKSTART, "--model=resnet50"],
         "argument --model: not allowed with argument --config",
     ),
     "size of a data set": (
         ["--config", QUICKSTART, "--image-size=8"],
-        "--image-size: only with --model; the data set of FILE gives it",
+        "--image-size: only with --model; the data set gives it",
     ),
     "override of no config": (
         ["--model=resnet50", "--config.seed=1"],
         "--config.seed: only with --config",
+    ),
+    "pictures of no run": (
+        ["--model=resnet50", "--pictures=here"],
+        "--pictures: only with --workdir",
+    ),
+    "an image without pictures": (
+        ["--workdir", str(ROOT), "--image=shoe.png"],
+        "--image: only with --pictures, where to draw",
+    ),
+    "a class without an image": (
+        ["--workdir", str(ROOT), "--class=Bag"],
+        "--class: only with --image",
     ),
     "no size": (
         ["--model=resnet50", "--image-size=12x"],

@@ -1,6 +1,7 @@
 """Commands that read a run: `evaluate`, `predict` and `plot`."""
 
 import csv
+import functools
 import io
 import json
 import shutil
@@ -170,3 +171,50 @@ def test_plot_several_runs(use, reference, complete, tmp_path):
     code, _, error = use("plot", reference, "--smooth=1")
     assert code == 2
     assert "'1': must be a number >= 0 and < 1" in error
+
+
+def test_inspect_draws_what_was_learned(
+    use, reference, photos, probabilities, test_set, tmp_path, monkeypatch
+):
+    from cnn_jax.commands import inspect as command
+
+    drawn = {}
+
+    def watch(draw, path, *arrays):
+        drawn[path.name] = arrays
+        draw(path, *arrays)
+
+    for draw in (command.draw_filters, command.draw_feature_maps, command.draw_evidence):
+        monkeypatch.setattr(command, draw.__name__, functools.partial(watch, draw))
+    flags = (f"--workdir={reference}", f"--pictures={tmp_path / 'new' / 'pictures'}")
+    code, output, error = use("inspect", *flags, f"--image={photos / '2.png'}", "--class=Bag")
+    assert (code, error) == (0, "")
+    assert "stage1_block1" in output
+    assert output.endswith(f"drawn in {tmp_path}/new/pictures\n")
+    for name in ("filters", "stages", "evidence"):
+        with Image.open(tmp_path / "new" / "pictures" / f"{name}.png") as picture:
+            assert min(picture.size) > 200
+
+    run = open_run(reference)
+    (kernel,) = drawn["filters.png"]
+    np.testing.assert_array_equal(kernel, run.variables["params"]["stem"]["conv"]["kernel"])
+    (stages,) = drawn["stages.png"]
+    assert {name: x.shape for name, x in stages.items()} == {"stage 1": (14, 14, 4)}
+    head = run.variables["params"]["head"]
+    logits = stages["stage 1"].mean((0, 1)) @ head["kernel"] + head["bias"]
+    exponents = np.exp(np.float64(logits))
+    np.testing.assert_allclose(exponents / exponents.sum(), probabilities[2], atol=1e-6)
+    pixels, evidence, caption = drawn["evidence.png"]
+    np.testing.assert_array_equal(pixels, test_set["image"][2])
+    bag = run.class_names.index("Bag")
+    # behind a mean over the pixels and one dense layer, the gradient is the layer's weights
+    weights = np.float64(head["kernel"][:, bag]) / 14**2
+    np.testing.assert_allclose(evidence, np.maximum(stages["stage 1"] @ weights, 0), atol=1e-7)
+    assert evidence.max() > 1e-5
+    assert caption.startswith(f"Bag ({probabilities[2, bag]:.1%}); predicted: ")
+
+    code, _, error = use("inspect", *flags, f"--image={photos / '2.png'}", "--class=Bags")
+    assert code == 1
+    assert error == "class 'Bags': is not one of the run's classes (did you mean 'Bag'?)\n"
+    code, _, error = use("inspect", *flags, f"--image={photos / 'none.png'}")
+    assert (code, error) == (1, f"{photos}/none.png: there is no such file\n")

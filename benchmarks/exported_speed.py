@@ -1,0 +1,84 @@
+"""The exported file against the run's own compiled prediction: time of one batch.
+
+    python benchmarks/exported_speed.py runs/quickstart
+
+Both answer the same 64 images in turn, and the probabilities are compared. The target is at most
+1.05 times the time. The result is kept in benchmarks/results/exported_speed.json.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.export
+import numpy as np
+from seeds import processor
+
+from cnn_jax.commands.export import export
+from cnn_jax.runtime.platform import versions
+from cnn_jax.trained import open_run
+
+RESULT = Path(__file__).parent / "results" / "exported_speed.json"
+
+
+def milliseconds(predict: Callable[..., Any], images: np.ndarray) -> float:
+    start = time.perf_counter()
+    jax.block_until_ready(predict(images))
+    return 1e3 * (time.perf_counter() - start)
+
+
+def load(path: Path) -> Callable[..., Any]:
+    """Returns the function in an exported file, as docs/using.md loads it."""
+    with zipfile.ZipFile(path) as file:
+        about = json.loads(file.read("model.json"))
+        exported = jax.export.deserialize(bytearray(file.read("model.stablehlo")))
+    options = about["compiler_options"].get(jax.default_backend(), {})
+    return jax.jit(exported.call, compiler_options=options)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("workdir")
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=200)
+    parser.add_argument("--result", type=Path, default=RESULT)
+    options = parser.parse_args()
+
+    run = open_run(options.workdir)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.zip"
+        about = export(options.workdir, path)
+        exported = load(path)
+    own_logits, softmax = run.compile_logits(options.batch_size), jax.jit(jax.nn.softmax)
+    ways = {"run": lambda images: softmax(own_logits(images)), "exported": exported}
+    shape = (options.batch_size, *run.dataset.image_shape)
+    images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    difference = float(np.abs(np.subtract(*(way(images) for way in ways.values()))).max())
+    times = {name: [] for name in ways}
+    for _ in range(options.repeats):
+        for name, way in ways.items():
+            times[name].append(milliseconds(way, images))
+    medians = {name: statistics.median(each) for name, each in times.items()}
+    found = {
+        "model": about["model"],
+        "images": list(shape),
+        "milliseconds": medians,
+        "ratio": medians["exported"] / medians["run"],
+        "largest_difference": difference,
+        "device": f"{jax.default_backend()}, {processor()}",
+        "versions": versions(),
+    }
+    text = json.dumps(found, indent=2)
+    print(text)
+    options.result.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()

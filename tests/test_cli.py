@@ -67,13 +67,24 @@ def test_train_receives_config_workdir_and_flags(trained):
     config, workdir, flags = trained[0]
     assert isinstance(config, Config)
     assert workdir == os.path.join("runs", "quickstart")
-    assert flags == {"compiled": None, "dry_run": False, "accept_config_changes": False}
+    assert flags == {
+        "compiled": None,
+        "step_timeout": 0,
+        "dry_run": False,
+        "accept_config_changes": False,
+    }
 
-    given = ["--workdir", "w", "--compiled", ".", "--dry-run", "--accept-config-changes"]
+    given = ["--workdir", "w", "--compiled", ".", "--step-timeout", "90"]
+    given += ["--dry-run", "--accept-config-changes"]
     main(["train", "--config", QUICKSTART, *given])
     _, workdir, flags = trained[1]
     assert workdir == "w"
-    assert flags == {"compiled": Path("."), "dry_run": True, "accept_config_changes": True}
+    assert flags == {
+        "compiled": Path("."),
+        "step_timeout": 90,
+        "dry_run": True,
+        "accept_config_changes": True,
+    }
 
 
 def test_overrides_with_and_without_an_equals_sign(trained):

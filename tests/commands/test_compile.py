@@ -321,6 +321,9 @@ STEP = {"accumulate_steps": 1, "batch_norm": {"statistics": "global"}}
 OF_TWELVE = {"accumulate_steps": 3, "batch_norm": {"statistics": "group:4"}}
 
 
+SYNTHETIC = {"name": "synthetic", "data_dir": "", "source_dir": "", "image_size": 0}
+
+
 @pytest.mark.parametrize("memory", MEMORIES.values(), ids=MEMORIES)
 @pytest.mark.parametrize(
     ("devices", "step", "least"), [(1, STEP, 1), (8, STEP, 8), (1, OF_TWELVE, 12)]
@@ -341,7 +344,7 @@ def test_the_largest_batch_is_found(memory, devices, step, least, monkeypatch):
         }
 
     monkeypatch.setattr(command, "compile_one", compile_one)
-    values = {"data": {"name": "synthetic", "train_split": "train[:100000]"}} | step
+    values = {"data": {**SYNTHETIC, "train_split": "train[:100000]"}} | step
     answer = command.largest_batch(command.Variant(values), topology, OPTIONS, rows.append)
     tried = {row["batch"]: row["memory"]["fits"] for row in rows}
     assert len(tried) == len(rows) <= 24, "none twice"
@@ -363,7 +366,7 @@ def test_the_largest_batch_is_found(memory, devices, step, least, monkeypatch):
 def test_the_search_ends_at_a_compile_that_fails(compiler):
     compiler("os.kill(os.getpid(), signal.SIGKILL)")
     rows = []
-    values = {"data": {"name": "synthetic", "train_split": "train"}} | STEP
+    values = {"data": {**SYNTHETIC, "train_split": "train"}} | STEP
     answer = command.largest_batch(
         command.Variant(values), parse_topology("h200"), OPTIONS, rows.append
     )

@@ -576,7 +576,7 @@ SEEDS = {
     "resnet50d": 11,
     "seresnet50": 2,
     "ecaresnet50": 6,
-    "cbam_resnet50": 11,
+    "cbam_resnet50": 8,
     "resnet50, anti-aliased": 2,
     "resnet50, no norm": 2,
     "resnet_mini": 3,

@@ -26,12 +26,12 @@ def hang_with_the_interpreter():
 
 def make_hanging_source(hang):
     class Hanging(MemorySource):
-        def batch(self, indices):
+        def batch(self, indices, epochs=None):
             global calls
             calls += len(indices) == 64 and self.split.startswith("train[:512]")
             if calls > 1:  # the first was the fingerprint's
                 hang()
-            return super().batch(indices)
+            return super().batch(indices, epochs)
 
     def open_source(*arguments, **options):
         source = opened(*arguments, **options)
@@ -47,8 +47,8 @@ def make_hanging_augment(**options):
     def hang_on_the_device(images):
         time.sleep(3600)
 
-    def hanging(images, keys):
-        return jax.pure_callback(hang_on_the_device, images, augment(images, keys))
+    def hanging(images, *others):
+        return jax.pure_callback(hang_on_the_device, images, augment(images, *others))
 
     return hanging
 

@@ -22,7 +22,7 @@ class Numbers:
     def __len__(self):
         return self.size
 
-    def batch(self, indices):
+    def batch(self, indices, epochs=None):
         for index in indices:
             if index in self.damaged:
                 raise UserError(f"numbers.bin is damaged: record {index} cannot be read")
@@ -90,10 +90,10 @@ class DiesAt(Numbers):
         super().__init__(())
         self.index, self.error = index, error
 
-    def batch(self, indices):
+    def batch(self, indices, epochs=None):
         if self.index in indices:
             raise self.error
-        return super().batch(indices)
+        return super().batch(indices, epochs)
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from cnn_jax.cli.config_files import split_overrides
 from cnn_jax.errors import UsageError, UserError, nearest
 from cnn_jax.runtime import distributed
 from cnn_jax.runtime.compiler import start_cache
+from cnn_jax.runtime.platform import Interrupted
 
 COMMANDS = (
     train_,
@@ -78,7 +79,8 @@ def _without_abandoned_arrays(hook: Callable[..., None]) -> Callable[..., None]:
         else:  # sys.excepthook
             error, origin = details[1], None
         closed = isinstance(error, RuntimeError) and str(error) == "Event loop is closed"
-        if not closed and not inspect.iscoroutine(origin):
+        heard = isinstance(error, Interrupted)  # in a callback of the collector; it is kept
+        if not closed and not heard and not inspect.iscoroutine(origin):
             hook(*details)
 
     return filtered

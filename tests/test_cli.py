@@ -289,3 +289,26 @@ def test_five_mistakes_from_another_folder(tmp_path, run_shell):
     assert "Traceback" not in result.stderr
     assert f"{QUICKSTART}: 5 mistakes in the configuration\n" in result.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_signal_in_a_callback_of_the_collector_is_not_printed():
+    """Python cannot raise there; the run ends at its next check."""
+    program = """
+import gc, signal, sys
+from cnn_jax import __main__
+from cnn_jax.runtime.platform import Interrupted, StopSignals
+
+def main(arguments):
+    with StopSignals() as stop:
+        gc.callbacks.append(lambda *_: signal.raise_signal(signal.SIGTERM))
+        gc.collect()
+        gc.callbacks.pop()
+        assert stop.received == signal.SIGTERM
+    return 0
+
+__main__.main = main
+__main__.run([])
+"""
+    command = [sys.executable, "-c", program]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stderr) == (0, "")

@@ -6,7 +6,8 @@
 One run of configs/quickstart.py, shortened to `--epochs` and saved every 20 steps, is left alone.
 Others are killed, SIGKILL or SIGTERM at random, at an instant that is uniform over the time that a
 start takes and `--seconds` of training, and started again with the same command. Every run that
-gets to its end must have the weights of the first, bit for bit, and its rows of metrics; so the
+gets to its end must have the weights of the first, bit for bit, and its evaluations (of the rows
+from training, SIGTERM adds one, as it saves between two reports); so the
 kills of a run all count or none does. Of several processes one is hit, at random, and all must end.
 The result is kept in benchmarks/results/random_kills.json, by number of processes.
 """
@@ -100,6 +101,7 @@ def final_state(workdir: Path) -> dict[str, bytes]:
         jax.tree_util.keystr(p): leaf.tobytes() for p, leaf in jax.tree.leaves_with_path(state)
     }
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    rows = [row for row in rows if "test/loss" in row]
     told = [{k: v for k, v in row.items() if k != "images_per_second"} for row in rows]
     return {**arrays, "metrics": json.dumps(told).encode()}
 

@@ -21,7 +21,7 @@ from cnn_jax.cli import predict as predict_
 from cnn_jax.cli import train as train_
 from cnn_jax.cli.config_files import split_overrides
 from cnn_jax.errors import UsageError, UserError, nearest
-from cnn_jax.runtime import distributed
+from cnn_jax.runtime import distributed, programs
 from cnn_jax.runtime.compiler import start_cache
 from cnn_jax.runtime.platform import Interrupted
 
@@ -98,7 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.command is None:
         parser.print_help()
         return 0
-    start_cache(_note)
+    programs.start(start_cache(_note), _note)
     try:
         return options.run(options, overrides)
     except UserError as error:

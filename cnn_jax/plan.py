@@ -20,10 +20,18 @@ from cnn_jax.data.pipeline import steps_at_epoch_end
 from cnn_jax.data.sources import Crops
 from cnn_jax.models import create_model
 from cnn_jax.models.geometry import grouped, layers, table
-from cnn_jax.runtime.compiler import CompilerSettings, compiler_settings
+from cnn_jax.runtime.compiler import CompilerSettings, compile_program, compiler_settings
 from cnn_jax.runtime.executables import conditions
 from cnn_jax.runtime.platform import describe_devices
-from cnn_jax.runtime.sharding import batch_sharding, make_mesh, replicated, shard_rows, shard_state
+from cnn_jax.runtime.programs import kept
+from cnn_jax.runtime.sharding import (
+    batch_sharding,
+    describe_mesh,
+    make_mesh,
+    replicated,
+    shard_rows,
+    shard_state,
+)
 from cnn_jax.training.augment import Augment, make_augment, normalize
 from cnn_jax.training.averaging import moving_average
 from cnn_jax.training.flip_averaging import FlipAveraged
@@ -43,6 +51,19 @@ from cnn_jax.training.steps import (
 )
 
 STEPS = ("train", "evaluation", "prediction")
+
+OF_THE_HOST = (
+    "checkpoint.",
+    "data.data_dir",
+    "data.memory_limit_mb",
+    "data.num_threads",
+    "data.prefetch",
+    "data.source_dir",
+    "eval.every_steps",
+    "faults.",
+    "log.",
+)
+"""How keys begin that no program depends on; any that is not here is taken to change them all."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +106,10 @@ class Plan:
         Raises UserError where that file does not fit.
         """
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.state)
-        return jax.jit(self.init, out_shardings=shardings)(self._weights())
+        init, weights = jax.jit(self.init, out_shardings=shardings), self._weights()
+        if weights:
+            return init(weights)
+        return self._kept("state", lambda: init.lower({}).compile(), {"weights": {}})({})
 
     def make_key(self) -> jax.Array:
         """Returns the root of all randomness in the steps, on the devices."""
@@ -94,6 +118,37 @@ class Plan:
             return jax.random.fold_in(jax.random.key(self.config.seed), 1)
 
         return jax.jit(make, out_shardings=replicated(self.mesh))()
+
+    def compile(
+        self, step: str, *, log: Callable[[str], None] = lambda text: None
+    ) -> jax.stages.Compiled:
+        """Returns the program of one of `STEPS`; says to `log` if no earlier start has kept it."""
+
+        def make() -> jax.stages.Compiled:
+            log(f"compiling the {step} step")
+            return compile_program(self.lower(step), self.compiler.options, name=step)
+
+        return self._kept(step, make, self.arguments(step))
+
+    def _kept(
+        self, name: str, make: Callable[[], jax.stages.Compiled], arguments: dict[str, Any]
+    ) -> jax.stages.Compiled:
+        decided_by = {
+            **decisive(self.config),
+            "images": self.dataset.image_shape,
+            "classes": self.dataset.num_classes,
+            "train examples": self.train_examples,
+            "steps": self.total_steps,
+            "mesh": describe_mesh(self.mesh),
+        }
+        return kept(
+            name,
+            make,
+            arguments=arguments,
+            devices=list(self.mesh.devices.flat),
+            options=self.compiler.options,
+            decided_by=decided_by,
+        )
 
     def lower(self, step: str) -> jax.stages.Lowered:
         """Returns one of `STEPS`, ready to compile."""
@@ -180,8 +235,7 @@ class Plan:
             "model": f"{config.model.name}({arguments}): {parameters:,} parameters",
             "data": f"{data.name}: {self.train_examples:,} train and {self.test_examples:,} test "
             f"images, {height} x {width} x {channels}, {data.num_classes} classes",
-            "devices": f"{describe_devices()}; mesh "
-            + ", ".join(f"{axis} {size}" for axis, size in self.mesh.shape.items()),
+            "devices": f"{describe_devices()}; mesh {describe_mesh(self.mesh)}",
             **_origin(config),
             "compiler": self.compiler.describe(),
             "precision": config.precision,
@@ -340,6 +394,12 @@ def source_options(config: Config) -> dict[str, Any]:
             eval_fraction=data.eval_fraction,
         ),
     }
+
+
+def decisive(config: Config) -> dict[str, Any]:
+    """Returns the values, by key, that a program may depend on."""
+    values: dict[str, Any] = flatten_dict(config.as_dict(), sep=".")
+    return {key: value for key, value in values.items() if not key.startswith(OF_THE_HOST)}
 
 
 def make_model(config: Config, *, batch_norm_group_size: int | None = None) -> Any:

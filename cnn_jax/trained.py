@@ -12,9 +12,10 @@ import jax.numpy as jnp
 from cnn_jax.config import Config, ConfigError, completed, parse
 from cnn_jax.data.datasets import DatasetInfo
 from cnn_jax.errors import UserError
-from cnn_jax.plan import make_model
+from cnn_jax.plan import decisive, make_model
 from cnn_jax.runtime.checkpoint import find_damage
 from cnn_jax.runtime.compiler import compile_program, compiler_settings
+from cnn_jax.runtime.programs import kept
 from cnn_jax.runtime.report import METRICS, read_rows
 from cnn_jax.runtime.workdir import CONFIG, read_config
 from cnn_jax.training.augment import normalize
@@ -62,8 +63,16 @@ class Trained:
 
         images = jax.ShapeDtypeStruct((batch_size, *self.dataset.image_shape), jnp.uint8)
         variables = jax.device_put(dict(self.variables))
-        lowered = jax.jit(logits).lower(variables, images)
-        return functools.partial(compile_program(lowered, compiler_settings().options), variables)
+        options = compiler_settings().options
+        program = kept(
+            "logits",
+            lambda: compile_program(jax.jit(logits).lower(variables, images), options),
+            arguments={"variables": variables, "images": images},
+            devices=jax.local_devices()[:1],
+            options=options,
+            decided_by=decisive(self.config),
+        )
+        return functools.partial(program, variables)
 
 
 def open_run(

@@ -5,12 +5,14 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 
 from cnn_jax import config
 from cnn_jax.cli.config_files import load
 from cnn_jax.config import override, parse
 from cnn_jax.models import ModernCNN
-from cnn_jax.plan import STEPS, make_plan
+from cnn_jax.plan import OF_THE_HOST, STEPS, decisive, make_plan
+from cnn_jax.runtime import programs
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -58,6 +60,66 @@ def test_every_step_of_a_plan_lowers_for_the_devices_it_is_given():
 def test_what_is_predicted_has_a_probability_for_each_class():
     made = plan(("eval.batch_size", "16"))
     assert made.lower("prediction").out_info.shape == (16, 10)
+
+
+OTHER_VALUES = {
+    "checkpoint.every_steps": "7",
+    "checkpoint.keep": "5",
+    "data.data_dir": "elsewhere",
+    "data.memory_limit_mb": "7",
+    "data.num_threads": "5",
+    "data.prefetch": "7",
+    "data.source_dir": "elsewhere",
+    "eval.every_steps": "7",
+    "faults.max_skipped": "7",
+    "faults.nan_check_every": "7",
+    "faults.on_nan": "rollback",
+    "log.every_steps": "7",
+}
+
+
+def test_no_program_depends_on_the_keys_of_the_host():
+    """So the next start finds its programs although these have changed."""
+    keys = flatten_dict(plan().config.as_dict(), sep=".")
+    assert OTHER_VALUES.keys() == {key for key in keys if key.startswith(OF_THE_HOST)}
+    small = (("model.width", "4"), ("model.stage_sizes", "1,"))
+    one, other = plan(*small), plan(*small, *OTHER_VALUES.items())
+    assert decisive(one.config) == decisive(other.config)
+    assert [one.lower(step).as_text() for step in STEPS] == [
+        other.lower(step).as_text() for step in STEPS
+    ]
+    assert jax.jit(one.init).lower({}).as_text() == jax.jit(other.init).lower({}).as_text()
+
+
+def test_the_code_of_a_configuration_decides_too(monkeypatch):
+    noted = []
+    monkeypatch.setattr(programs, "note_config_file", noted.append)
+    load(CONFIGS / "quickstart.py")
+    assert noted == [(CONFIGS / name).read_bytes() for name in ("quickstart.py", "default.py")]
+
+
+def test_every_other_key_decides():
+    keys = flatten_dict(plan().config.as_dict(), sep=".")
+    assert decisive(plan().config).keys() == keys.keys() - OTHER_VALUES.keys()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        ("seed", "1"),
+        ("loss.label_smoothing", "0.2"),
+        ("model.width", "8"),
+        ("data.train_split", "train[:9000]"),
+        ("mesh.fsdp", "2"),
+    ],
+)
+def test_a_program_of_another_configuration_is_asked_for_by_another_name(change, monkeypatch):
+    asked = []
+    monkeypatch.setattr("cnn_jax.plan.kept", lambda name, make, **each: asked.append(each))
+    for texts in ((), (), (change,)):
+        plan(*texts).compile("train")
+    assert asked[0] == asked[1]
+    assert asked[0]["decided_by"] != asked[2]["decided_by"]
 
 
 @pytest.mark.parametrize("texts", [(), (("train_only", "head,"),)])

@@ -58,6 +58,7 @@ def load(path: Path) -> Mapping[str, Any]:
     from ml_collections import ConfigDict
 
     from cnn_jax.config import ConfigError
+    from cnn_jax.runtime import programs
 
     folders = [folder.parent for folder in path.resolve().parents if folder.name == "configs"]
     search_before = list(sys.path)
@@ -67,10 +68,13 @@ def load(path: Path) -> Mapping[str, Any]:
     package.__path__ = [
         str(found) for place in sys.path if (found := Path(place, "configs")).is_dir()
     ]
+    package.__file__ = None
     sys.modules["configs"] = package
     try:
         names: dict[str, Any] = {"__name__": path.stem, "__file__": str(path)}
-        exec(compile(path.read_bytes(), path, "exec"), names)
+        source = path.read_bytes()
+        programs.note_config_file(source)
+        exec(compile(source, path, "exec"), names)
         config = names["get_config"]() if "get_config" in names else None
         values = config.to_dict() if isinstance(config, ConfigDict) else config
     except Exception as error:
@@ -78,7 +82,9 @@ def load(path: Path) -> Mapping[str, Any]:
     finally:
         sys.path[:] = search_before
         for name in [name for name in sys.modules if name.partition(".")[0] == "configs"]:
-            del sys.modules[name]
+            file = sys.modules.pop(name).__file__
+            if file:
+                programs.note_config_file(Path(file).read_bytes())
     if not isinstance(values, Mapping):
         raise ConfigError([f"{path}: must define get_config() that returns a ConfigDict"])
     return values

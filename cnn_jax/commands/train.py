@@ -24,7 +24,7 @@ from cnn_jax.errors import UserError
 from cnn_jax.plan import Plan, make_plan, source_options
 from cnn_jax.runtime import distributed, executables
 from cnn_jax.runtime.checkpoint import Checkpoints
-from cnn_jax.runtime.compiler import CompilationCounter, compile_program
+from cnn_jax.runtime.compiler import CompilationCounter
 from cnn_jax.runtime.files import write_atomically
 from cnn_jax.runtime.platform import Interrupted, StopSignals, versions
 from cnn_jax.runtime.report import (
@@ -222,8 +222,6 @@ class _Training:
                 "class_names": list(self.train_source.info.class_names),
             }
             distributed.agree("data", lambda: self.record["data"])
-            if not compiled:
-                _say("compiling the training and the evaluation step")
             wait = _compile_together(plan, compiled)
             self.step = checkpoints.latest_step() or 0
             self.state = self._restore() if self.step else plan.make_state()
@@ -515,10 +513,8 @@ def _compile_together(
     executor = ThreadPoolExecutor(len(STEPS))
 
     def timed(step: str) -> tuple[jax.stages.Compiled, float]:
-        lowered = plan.lower(step)
-        program = _saved_program(plan, step, lowered, saved)
-        program = program or compile_program(lowered, plan.compiler.options, name=step)
-        return program, time.perf_counter() - start
+        program = saved and _saved_program(plan, step, plan.lower(step), saved)
+        return program or plan.compile(step, log=_say), time.perf_counter() - start
 
     futures = [executor.submit(timed, step) for step in STEPS]
     executor.shutdown(wait=False)
@@ -541,7 +537,7 @@ def _saved_program(
         return None
     here = plan.conditions(step, lowered)
     try:
-        program = executables.load(directory, step, lowered, here, plan.mesh)
+        program = executables.load(directory, step, here, list(plan.mesh.devices.flat))
     except executables.UnusableError as error:
         reasons = str(error).replace("\n", "\n  ")
         said = f"the {step} step is compiled, as the one in {directory} is not for this run:"
@@ -604,7 +600,8 @@ def _summarize(
     )
     if clock is not None:
         seconds = clock.seconds
-        compiling = f"{duration(seconds['compiling'])}{_kept(compilations)}"
+        kept = compilations.describe() if compilations else ""
+        compiling = "; ".join(filter(None, [duration(seconds["compiling"]), kept]))
         training, waiting = seconds["training"], seconds["waiting for data"]
         _say(
             f"{duration(clock.total())} in all: starting {duration(seconds['starting'])} "
@@ -616,14 +613,6 @@ def _summarize(
         f"written to {directory}: metrics.jsonl, summary.json, curves.png, tensorboard/, "
         "checkpoints/ (the last state and the best among them)"
     )
-
-
-def _kept(compilations: CompilationCounter | None) -> str:
-    """Returns how many programs an earlier start had compiled."""
-    programs = compilations.hits + compilations.misses if compilations else 0
-    if not compilations or not programs:
-        return ""
-    return f"; {compilations.hits} of {programs} programs were kept"
 
 
 def _say(text: str) -> None:

@@ -50,6 +50,10 @@ WITHOUT_FUSED_REDUCTIONS: Options = {
 
 CACHE_BYTES = 4 * 2**30
 
+KEPT, TRACED, NOT_KEPT = (f"/cnn_jax/programs/{how}" for how in ("kept", "traced", "not_kept"))
+"""Events of JAX's monitoring, of `runtime.programs`: a program was found without tracing it, was
+traced and kept, or was traced and not kept, and `why`."""
+
 CONFIG: Any = jax.config  # a type checker does not know its attributes
 
 
@@ -142,10 +146,14 @@ class CompilationCounter:
     Attributes:
       hits: programs that were read.
       misses: programs that were compiled, and kept for the next time.
+      untraced: programs that were read without being traced, see `runtime.programs`; no hits.
+      traced: programs that the next start need not trace; hits or misses as well.
+      why_not: why the next start has to trace a program, if there is one.
     """
 
     def __init__(self) -> None:
-        self._counts = {"hits": 0, "misses": 0}
+        self.why_not = ""
+        self._counts = {"hits": 0, "misses": 0, "untraced": 0, "traced": 0}
         self._lock = threading.Lock()
         jax.monitoring.register_event_listener(self._listen)
 
@@ -157,14 +165,39 @@ class CompilationCounter:
     def misses(self) -> int:
         return self._counts["misses"]
 
-    def as_dict(self) -> dict[str, int]:
-        """Returns the numbers, to write."""
-        return {"from the cache": self.hits, "compiled": self.misses}
+    @property
+    def untraced(self) -> int:
+        return self._counts["untraced"]
 
-    def _listen(self, event: str, **_: Any) -> None:
+    @property
+    def traced(self) -> int:
+        return self._counts["traced"]
+
+    def as_dict(self) -> dict[str, int | str]:
+        """Returns the numbers, to write."""
+        return {
+            "from the cache": self.hits,
+            "compiled": self.misses,
+            "without tracing": self.untraced,
+            "traced for the next start": self.traced,
+            "why not kept": self.why_not,
+        }
+
+    def describe(self) -> str:
+        """Returns how many programs an earlier start had made; nothing where there are none."""
+        kept = self.hits + self.untraced
+        said = f"{kept} of {kept + self.misses} programs were kept"
+        untraced = f", {self.untraced} of them not even traced" if self.untraced else ""
+        return f"{said}{untraced}" if kept + self.misses else ""
+
+    def _listen(self, event: str, **details: Any) -> None:
+        if event == NOT_KEPT:
+            self.why_not = details["why"]
         kind = {
             "/jax/compilation_cache/cache_hits": "hits",
             "/jax/compilation_cache/cache_misses": "misses",
+            KEPT: "untraced",
+            TRACED: "traced",
         }.get(event)
         if kind:
             with self._lock:

@@ -10,6 +10,7 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import pickle
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from cnn_jax.errors import UserError
 from cnn_jax.runtime.compiler import Options, processor
+from cnn_jax.runtime.sharding import describe_mesh
 
 PACKAGES = ("cnn_jax", "jax", "jaxlib", "flax", "optax")
 COMPILERS: Mapping[str, Sequence[str]] = {
@@ -36,6 +38,13 @@ STEP = "the step (its StableHLO)"
 ARGUMENT = "argument "
 CONFIG = "config."
 MOST_ARGUMENTS = 10
+
+CANNOT_BE_SAVED = (
+    ValueError,
+    NotImplementedError,
+    jax.errors.JaxRuntimeError,
+    *(pickle.PicklingError, TypeError, AttributeError),  # of its trees
+)
 
 
 class UnusableError(UserError):
@@ -54,13 +63,23 @@ def conditions(
 
     The values of `config`, by key, do not count: they explain why the step is another.
     """
-    devices = list(mesh.devices.flat)
+    return {
+        **circumstances(arguments, devices=list(mesh.devices.flat), options=options),
+        "mesh": describe_mesh(mesh),
+        STEP: hashlib.sha256(lowered.as_text().encode()).hexdigest(),
+        **{f"{CONFIG}{key}": str(value) for key, value in config.items()},
+    }
+
+
+def circumstances(
+    arguments: Mapping[str, Any], *, devices: Sequence[Any], options: Options
+) -> dict[str, str]:
+    """Returns what a program holds for, beside the step that it was compiled from."""
     platform = devices[0].platform
     found = {
         "platform": platform,
         "devices": f"{len(devices)} x {devices[0].device_kind}",
         "ids of the devices": ", ".join(str(device.id) for device in devices),
-        "mesh": ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items()),
     }
     if platform == "cpu":
         found["processor"] = processor()
@@ -73,8 +92,7 @@ def conditions(
     for name, tree in arguments.items():
         for path, leaf in jax.tree.leaves_with_path(tree):
             found[f"{ARGUMENT}{name}{jax.tree_util.keystr(path)}"] = _array(leaf)
-    found[STEP] = hashlib.sha256(lowered.as_text().encode()).hexdigest()
-    return found | {f"{CONFIG}{key}": str(value) for key, value in config.items()}
+    return found
 
 
 def _array(leaf: jax.ShapeDtypeStruct) -> str:
@@ -123,8 +141,8 @@ def save(
     the directory could not be trusted later, or where this compiler's programs cannot be saved.
     """
     try:
-        contents, _, _ = serialize(compiled)  # the trees are those of the lowered step
-    except (ValueError, NotImplementedError, jax.errors.JaxRuntimeError) as error:
+        contents = pickle.dumps(serialize(compiled))
+    except CANNOT_BE_SAVED as error:
         reason = str(error).partition("\n")[0]
         raise UserError(f"programs of this compiler cannot be saved: {reason}") from error
     executable, description = saved_files(directory, name)
@@ -142,9 +160,9 @@ def save(
 
 
 def load(
-    directory: Path, name: str, lowered: jax.stages.Lowered, here: Mapping[str, str], mesh: Mesh
+    directory: Path, name: str, here: Mapping[str, str], devices: Sequence[Any]
 ) -> jax.stages.Compiled:
-    """Returns the saved program for a lowered step; `here` are its `conditions`.
+    """Returns the saved program of the step that `here` describes, as `conditions` do.
 
     Raises UnusableError, with a reason a line, where it is not that of this step on these devices,
     is damaged, or is not surely this user's own.
@@ -165,12 +183,12 @@ def load(
         raise UnusableError(f"{error.filename}: {error.strerror}") from error
     if _digest(contents) != digest:
         raise UnusableError(f"{executable} is damaged: its SHA-256 is not that of {description}")
-    devices = list(mesh.devices.flat)
     with _damage(executable):
+        program, arguments, outputs = pickle.loads(contents)
         return deserialize_and_load(
-            contents,
-            lowered.in_tree,
-            lowered.out_tree,
+            program,
+            arguments,
+            outputs,
             backend=devices[0].client,
             execution_devices=devices,
         )

@@ -33,6 +33,11 @@ def make_mesh(*, data: int = -1, fsdp: int = 1, devices: Sequence[Any] | None = 
     return Mesh(np.asarray(devices).reshape(sizes), AXES)
 
 
+def describe_mesh(mesh: Mesh) -> str:
+    """Returns such as `data 2, fsdp 4`."""
+    return ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """Returns the sharding that gives every device the whole array."""
     return NamedSharding(mesh, PartitionSpec())

@@ -96,7 +96,7 @@ class Trainer:
 
     def __init__(self, environment: Mapping[str, str], data_dir: Path) -> None:
         self.flags = [*FLAGS, f"--config.data.data_dir={data_dir}"]
-        self._environment = os.environ | environment
+        self.environment = os.environ | environment
         self._children: list[Child] = []
 
     def start(
@@ -109,7 +109,7 @@ class Trainer:
     ) -> Child:
         """Returns a process that trains in `workdir`, started by the command `wrapper` if given."""
         command = [sys.executable, *program, *self.flags, f"--workdir={workdir}", *flags]
-        child = Child([*wrapper, *command], self._environment | (environment or {}))
+        child = Child([*wrapper, *command], self.environment | (environment or {}))
         self._children.append(child)
         return child
 

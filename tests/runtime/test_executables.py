@@ -48,8 +48,8 @@ def concrete():
 
 
 def load(directory, lowered=None, here=None):
-    lowered = lowered or lower()
-    return executables.load(directory, "step", lowered, here or conditions(lowered), MESH)
+    here = here or conditions(lowered or lower())
+    return executables.load(directory, "step", here, list(MESH.devices.flat))
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,67 @@
+"""The second start of a command: the same numbers, from programs that are not traced again."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+from driver import ROOT, assert_same_run
+
+
+@pytest.fixture(scope="module")
+def environment(trainer, reference, tmp_path_factory):
+    """Of a machine that has compiled everything, but has kept no program by what decides it."""
+    cache = tmp_path_factory.mktemp("cache") / "compiled"
+    compiled = trainer.environment["JAX_COMPILATION_CACHE_DIR"]
+    shutil.copytree(compiled, cache, ignore=shutil.ignore_patterns("programs"))
+    return {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_LOG_COMPILES": "1"}
+
+
+def programs_of(workdir):
+    return json.loads((workdir / "summary.json").read_text())["programs"]
+
+
+def test_a_run_from_kept_programs_is_the_one_that_was_traced(
+    trainer, reference, environment, tmp_path
+):
+    traced, kept = tmp_path / "traced", tmp_path / "kept"
+    code, output = trainer.run(traced, environment=environment)
+    assert code == 0, output
+    assert programs_of(traced)["traced for the next start"] == 3
+    assert output.count("Finished tracing step for jit") == 2
+    assert "compiling the train step\n" in output
+    assert "compiling the evaluation step\n" in output
+
+    of_the_host = "--config.data.num_threads=1"
+    code, output = trainer.run(kept, of_the_host, environment=environment)
+    assert code == 0, output
+    assert programs_of(kept)["without tracing"] == 3
+    assert programs_of(kept)["compiled"] == 0
+    assert programs_of(kept)["why not kept"] == ""
+    assert "3 of them not even traced" in output
+    assert "Finished tracing step for jit" not in output
+    assert "Finished tracing init for jit" in output, "by the plan, which compiles nothing of it"
+    assert "compilation of jit(init)" not in output
+    assert "compiling the" not in output
+    assert_same_run(kept, traced)
+    assert_same_run(kept, reference)
+
+
+def test_evaluate_traces_once(reference, environment, tmp_path):
+    scores = []
+    for name in ("traced", "kept"):
+        path = tmp_path / f"{name}.json"
+        command = ["-m", "cnn_jax", "evaluate", f"--workdir={reference}", f"--json={path}"]
+        process = subprocess.run(
+            [sys.executable, *command],
+            cwd=ROOT,
+            env=os.environ | {"JAX_NUM_CPU_DEVICES": "1"} | environment,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert ("Finished tracing logits for jit" in process.stderr) == (name == "traced")
+        scores.append(path.read_text())
+    assert scores[0] == scores[1]

@@ -18,6 +18,7 @@ from cnn_jax.cli import export as export_
 from cnn_jax.cli import inspect as inspect_
 from cnn_jax.cli import plot as plot_
 from cnn_jax.cli import predict as predict_
+from cnn_jax.cli import serve as serve_
 from cnn_jax.cli import train as train_
 from cnn_jax.cli.config_files import split_overrides
 from cnn_jax.errors import UsageError, UserError, nearest
@@ -30,6 +31,7 @@ COMMANDS = (
     evaluate_,
     predict_,
     export_,
+    serve_,
     plot_,
     inspect_,
     convert_,
@@ -43,6 +45,7 @@ examples:
   %(prog)s train --config configs/quickstart.py
   %(prog)s evaluate --workdir runs/quickstart
   %(prog)s predict --workdir runs/quickstart image.png
+  %(prog)s serve --workdir runs/quickstart
   %(prog)s inspect --model resnet50
   %(prog)s compile --config configs/synthetic.py --topology h200:8
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from cnn_jax.config import Config, ConfigError, completed, parse
 from cnn_jax.data.datasets import DatasetInfo
@@ -50,6 +51,17 @@ class Trained:
         """The names of the classes, or their numbers where the data set gives no names."""
         return self.dataset.class_names or tuple(map(str, range(self.dataset.num_classes)))
 
+    @property
+    def preprocessing(self) -> dict[str, Any]:
+        """What is done to an image before the network and inside it, for another program."""
+        return {
+            "before": "as the EXIF tag turns it; grey or RGB by channels; scaled without distortion"
+            " until it covers height x width (antialiased bilinear), cut to its middle",
+            "inside": "(pixels / 255 - mean) / std",
+            "mean": list(self.config.data.mean),
+            "std": list(self.config.data.std),
+        }
+
     def normalize(self, images: RawImages) -> Images:
         """Returns what the network takes, of pixels, as in training."""
         data, dtype = self.config.data, jnp.dtype(self.config.precision)
@@ -73,6 +85,14 @@ class Trained:
             decided_by=decisive(self.config),
         )
         return functools.partial(program, variables)
+
+
+def most_probable(
+    probabilities: np.ndarray, class_names: tuple[str, ...], top: int
+) -> tuple[tuple[str, float], ...]:
+    """Returns the `top` classes of one image's `probabilities` [k] with theirs, the first first."""
+    best = np.argsort(-probabilities, kind="stable")[:top]
+    return tuple((class_names[k], float(probabilities[k])) for k in best.tolist())
 
 
 def open_run(

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 NOUNS = {"typing", "errors", "models", "data", "training", "runtime"}
-BETWEEN = {"config", "plan", "weights", "trained"}
+BETWEEN = {"config", "plan", "weights", "trained", "exported"}
 MAY_IMPORT = {  # of the package, by part; every part may import itself
     "typing": set(),
     "errors": set(),
@@ -22,7 +22,10 @@ MAY_IMPORT = {  # of the package, by part; every part may import itself
     "config": NOUNS | {"weights"},
     "plan": NOUNS | {"config", "weights"},
     "trained": NOUNS | {"config", "plan", "weights"},
+    "exported": NOUNS,
+    "serving": NOUNS | {"trained", "exported"},
     "commands.evaluate": NOUNS | BETWEEN,
+    "commands.serve": NOUNS | {"serving"},
     "commands.train": NOUNS | BETWEEN | {"commands.evaluate"},
     "commands": set(),
     "__init__": {"models", "training", "typing"},
@@ -41,6 +44,7 @@ MAY_IMPORT = {  # of the package, by part; every part may import itself
         "commands.inspect",
         "commands.plot",
         "commands.predict",
+        "commands.serve",
         "commands.train",
     },
 }
@@ -140,6 +144,8 @@ def test_every_part_is_on_the_map():
         ("commands/evaluate.py", "from cnn_jax.commands.train import train"),
         ("commands/predict.py", "from cnn_jax.commands import evaluate"),
         ("commands/predict.py", "from .evaluate import evaluate"),
+        ("commands/predict.py", "from cnn_jax.serving import batching"),
+        ("serving/network.py", "from cnn_jax.commands import predict"),
         ("commands/train.py", "from cnn_jax.__main__ import main"),
         ("__init__.py", "from cnn_jax.runtime import checkpoint"),
         ("newcomer.py", "from cnn_jax import models"),
@@ -147,7 +153,14 @@ def test_every_part_is_on_the_map():
 )
 def test_an_arrow_that_points_elsewhere_is_seen(file, statement, tmp_path):
     names = ["commands/train", "commands/evaluate", "models/layers", "training/losses", "plan"]
-    for name in [*names, "data/sources", "runtime/checkpoint", "config", "errors"]:
+    for name in [
+        *names,
+        "data/sources",
+        "runtime/checkpoint",
+        "config",
+        "errors",
+        "serving/batching",
+    ]:
         path = (tmp_path / "cnn_jax" / name).with_suffix(".py")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()

@@ -24,6 +24,8 @@ HEAVY = (
     "simplejpeg",
     "filelock",
     "safetensors",
+    "aiohttp",
+    "prometheus_client",
 )
 NOT_INSTALLED = tuple(name for name in HEAVY if name != "orbax")  # flax itself requires orbax
 

@@ -13,6 +13,7 @@ import jax.export
 import jax.numpy as jnp
 
 from cnn_jax.errors import UserError
+from cnn_jax.exported import DESCRIPTION, PROGRAM
 from cnn_jax.models.folding import fold_batch_norms
 from cnn_jax.runtime.compiler import WITHOUT_FUSED_REDUCTIONS
 from cnn_jax.runtime.files import write_atomically
@@ -22,9 +23,6 @@ from cnn_jax.trained import Trained, open_run
 from cnn_jax.typing import RawImages
 
 PLATFORMS = ("cpu", "cuda", "tpu")
-
-PROGRAM, DESCRIPTION = "model.stablehlo", "model.json"
-"""The parts of the file."""
 
 
 def export(
@@ -90,13 +88,7 @@ def _description(run: Trained, platforms: Sequence[str]) -> dict[str, Any]:
         "input": {"dtype": "uint8", "shape": ["batch", height, width, channels]},
         "output": {"dtype": "float32", "shape": ["batch", run.dataset.num_classes]},
         "class_names": list(run.class_names),
-        "preprocessing": {
-            "before": "as the EXIF tag turns it; grey or RGB by channels; scaled without distortion"
-            " until it covers height x width (antialiased bilinear), cut to its middle",
-            "inside": "(pixels / 255 - mean) / std",
-            "mean": list(run.config.data.mean),
-            "std": list(run.config.data.std),
-        },
+        "preprocessing": run.preprocessing,
         "platforms": list(platforms),
         "compiler_options": {"cpu": dict(WITHOUT_FUSED_REDUCTIONS)},
         "precision": run.config.precision,

@@ -15,7 +15,7 @@ import numpy as np
 
 from cnn_jax.data.image_files import find_images, read_image
 from cnn_jax.errors import UserError
-from cnn_jax.trained import open_run
+from cnn_jax.trained import most_probable, open_run
 
 FORMATS = ("table", "jsonl", "csv")
 
@@ -89,8 +89,7 @@ def _predictions(
         if isinstance(content, UserError):
             yield Prediction(path, error=str(content))
             continue
-        best = np.argsort(-row, kind="stable")[:top]
-        yield Prediction(path, tuple((class_names[k], float(row[k])) for k in best))
+        yield Prediction(path, most_probable(row, class_names, top))
 
 
 def write_predictions(predictions: Iterable[Prediction], form: str, *, stream: TextIO) -> int:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from driver import Trainer
+from server import Server
 
 
 @pytest.fixture(scope="session")
@@ -19,6 +20,20 @@ def trainer(tmp_path_factory):
     trainer = Trainer(environment, data_dir=folder / "data")
     yield trainer
     trainer.kill_all()
+
+
+@pytest.fixture(scope="session")
+def start_server(trainer):
+    """Starts servers with one device each; those still alive are killed at the end."""
+    servers = []
+
+    def start(*flags: object, **options: str) -> Server:
+        servers.append(Server(trainer.environment, *map(str, flags), **options))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.process.kill()
 
 
 @pytest.fixture(scope="session")

@@ -33,6 +33,9 @@ from seeds import processor
 
 ROOT = Path(__file__).parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "random_kills.json"
+PEER_TIMEOUT = 20
+"""Seconds after which the other process ends that was not hit; by default it would take 60."""
+
 HANG = 600
 """Seconds after which a process that was left alone, or hit, is taken to hang."""
 
@@ -58,7 +61,12 @@ class Start:
                 free.bind(("127.0.0.1", 0))
                 address = f"127.0.0.1:{free.getsockname()[1]}"
             flags = [
-                [f"--coordinator={address}", f"--num-processes={processes}", f"--process-id={each}"]
+                [
+                    f"--coordinator={address}",
+                    f"--num-processes={processes}",
+                    f"--process-id={each}",
+                    f"--peer-timeout={PEER_TIMEOUT}",
+                ]
                 for each in range(processes)
             ]
         self.processes = [

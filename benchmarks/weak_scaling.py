@@ -1,12 +1,13 @@
 """Weak scaling on paper: ResNet-50's training step compiled for more and more devices.
 
-    python -m benchmarks.weak_scaling                          # every topology, then the document
+    python -m benchmarks.weak_scaling                          # what is missing, then the document
     python -m benchmarks.weak_scaling --topology v5e:4x4       # these rows anew, others stay
     python -m benchmarks.weak_scaling --render                 # the document alone
 
 128 images a TPU chip and 256 a GPU, bfloat16, on a mesh `data`. Each compile is one of
-`python -m cnn_jax compile`, in a process of its own; a failure is a row too. The rows are kept in
-benchmarks/results/weak_scaling.json, and docs/scaling.md is made of them. It needs the extras
+`python -m cnn_jax compile`, in a process of its own; a failure is a row too. A row is kept in
+benchmarks/results/weak_scaling.json as soon as it is there, so that a stopped run goes on with the
+next; the largest topologies come first. docs/scaling.md is made of the rows. It needs the extras
 aot-tpu and aot-gpu, and minutes for each row.
 """
 
@@ -26,7 +27,7 @@ DOCUMENT = ROOT / "docs" / "scaling.md"
 
 TOPOLOGIES = (
     *("v5e:2x2", "v5e:4x4", "v5e:8x8", "v5e:16x16"),
-    *("h200:8", "h200:16", "h200:32", "h200:64"),
+    *("h200:8", "h200:16", "h200:64"),
 )
 IMAGES_PER_DEVICE = {"tpu": 128, "cuda": 256}
 TIME_LIMIT = 3600
@@ -66,7 +67,8 @@ def measure(topology: Topology) -> Row:
     options = Options(steps=("train",), time_limit=TIME_LIMIT)
     row = compile_one(Variant(values), topology, "train", options)
     kept = ("topology", "batch", "devices", "memory", "collectives", "estimate", "error")
-    return {name: row[name] for name in (*kept, "seconds", "versions") if name in row}
+    kept = (*kept, "seconds", "seconds_in_all", "versions")
+    return {name: row[name] for name in kept if name in row}
 
 
 def line(row: Row, first: Row) -> str:
@@ -123,19 +125,28 @@ def render(rows: dict[str, Row]) -> None:
             if "error" not in row:
                 firsts.setdefault(kind, row)
             text += line(row, firsts.get(kind, row))
-    versions = next((row["versions"] for row in rows.values() if "versions" in row), {})
-    text += f"\njax {versions.get('jax', 'unknown')}, Python {versions.get('python', 'unknown')}.\n"
+    made_by = {
+        f"jax {row['versions']['jax']}, Python {row['versions']['python']}"
+        for row in rows.values()
+        if "versions" in row
+    }
+    text += f"\n{'; '.join(sorted(made_by))}.\n"
     write_atomically(DOCUMENT, text)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--topology", default=",".join(TOPOLOGIES), help="names, with commas")
+    parser.add_argument("--topology", help="names, with commas; default: those without a row")
     parser.add_argument("--render", action="store_true", help="make the document alone")
     options = parser.parse_args()
     rows: dict[str, Row] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    for name in [] if options.render else options.topology.split(","):
+    missing = [name for name in TOPOLOGIES if "estimate" not in rows.get(name, {})]
+    largest_first = sorted(missing, key=lambda name: -parse_topology(name).num_devices)
+    names = options.topology.split(",") if options.topology else largest_first
+    for name in [] if options.render else names:
         row = measure(parse_topology(name))
+        seconds = row["seconds_in_all"]
+        print(f"{name}: {row.get('error', 'compiled')} in {seconds:.0f} s", flush=True)
         rows[row["topology"]] = row
         write_atomically(RESULTS, json.dumps(rows, indent=1) + "\n")
     render(rows)

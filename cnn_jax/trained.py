@@ -19,6 +19,7 @@ from cnn_jax.runtime.compiler import compile_program, compiler_settings
 from cnn_jax.runtime.programs import kept
 from cnn_jax.runtime.report import METRICS, read_rows
 from cnn_jax.runtime.workdir import CONFIG, read_config
+from cnn_jax.storage import place
 from cnn_jax.training.augment import normalize
 from cnn_jax.typing import Images, RawImages
 from cnn_jax.weights import load_weights
@@ -105,7 +106,7 @@ def open_run(
 
     Raises UserError where there is no run, no good checkpoint, or one of another model.
     """
-    directory = Path(directory)
+    directory = place(directory)
     if not directory.is_dir():
         raise UserError(f"--workdir {directory}: there is no such directory")
     values = read_config(directory)

@@ -6,6 +6,7 @@ from typing import Any
 
 from cnn_jax.models.torch_weights import from_torch, from_variables
 from cnn_jax.runtime.weight_files import read_directory, read_tensors
+from cnn_jax.storage import place
 
 
 def load_weights(
@@ -21,7 +22,7 @@ def load_weights(
 
     Raises UserError where it cannot be read or does not fit, with everything that does not.
     """
-    path = Path(path)
+    path = place(path)
     if path.is_dir():
         return from_variables(read_directory(path)[0], like, ignore=ignore)
     return from_torch(read_tensors(path), like, ignore=ignore)

@@ -41,6 +41,7 @@ def get_config() -> Any:  # a ConfigDict, whose attributes a type checker cannot
     config.data.name = "fashion_mnist_10k"  # a name in cnn_jax.data.datasets.NAMES
     config.data.train_split = "train"  # trained on; a slice such as train[:50%] will do
     config.data.test_split = "test"  # evaluated on
+    # Directories, or gs:// and s3:// URLs: docs/data.md.
     config.data.data_dir = ""  # where prepared data sets are kept; empty: TFDS's own default
     config.data.source_dir = ""  # where the files already lie; folder, csv, tar ... need it
     config.data.image_size = 0  # pixels of a side, where images are of many sizes; 0: 224

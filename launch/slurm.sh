@@ -3,7 +3,7 @@
 #
 #     sbatch launch/slurm.sh --config configs/synthetic.py --workdir /shared/runs/synthetic
 #
-# --workdir is on a file system that all machines share. Two minutes before the time is up, or when
+# --workdir is on a file system that all machines share, or gs:// or s3://. Two minutes before the time is up, or when
 # the job is preempted, all processes save the same step and end with code 143; the job goes back
 # into the queue and carries on from there. So it does when a machine is lost.
 #SBATCH --nodes=2

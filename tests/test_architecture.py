@@ -9,16 +9,17 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-NOUNS = {"typing", "errors", "models", "data", "training", "runtime"}
+NOUNS = {"typing", "errors", "storage", "models", "data", "training", "runtime"}
 BETWEEN = {"config", "plan", "weights", "trained", "exported"}
 MAY_IMPORT = {  # of the package, by part; every part may import itself
     "typing": set(),
     "errors": set(),
+    "storage": {"errors"},
     "models": {"typing", "errors"},
-    "data": {"typing", "errors"},
+    "data": {"typing", "errors", "storage"},
     "training": {"typing", "errors"},
-    "runtime": {"typing", "errors", "training"},
-    "weights": {"typing", "errors", "models", "runtime"},
+    "runtime": {"typing", "errors", "storage", "training"},
+    "weights": {"typing", "errors", "storage", "models", "runtime"},
     "config": NOUNS | {"weights"},
     "plan": NOUNS | {"config", "weights"},
     "trained": NOUNS | {"config", "plan", "weights"},
@@ -33,6 +34,7 @@ MAY_IMPORT = {  # of the package, by part; every part may import itself
     "cli": {
         "__init__",
         "errors",
+        "storage",
         "runtime",
         "config",
         "plan",
@@ -53,6 +55,7 @@ A_COMMAND = NOUNS | BETWEEN  # imports no other command, unless it is named abov
 LIGHT = {"jax", "flax", "optax", "numpy", "jaxtyping"}
 NOT_FROM_OUTSIDE = {  # a worker process that touches a JAX backend would claim the accelerator
     "data": {"jax", "jaxlib", "flax", "optax", "orbax", "ml_collections"},
+    "storage": {"jax", "jaxlib", "flax", "optax", "orbax", "ml_collections"},
     "runtime": {"ml_collections"},
     "config": {"ml_collections"},
     "plan": {"ml_collections"},

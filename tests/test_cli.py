@@ -66,7 +66,7 @@ def test_train_receives_config_workdir_and_flags(trained):
     assert main(["train", "--config", QUICKSTART]) == 0
     config, workdir, flags = trained[0]
     assert isinstance(config, Config)
-    assert workdir == os.path.join("runs", "quickstart")
+    assert workdir == Path("runs", "quickstart")
     assert flags == {
         "compiled": None,
         "step_timeout": 0,
@@ -78,7 +78,7 @@ def test_train_receives_config_workdir_and_flags(trained):
     given += ["--dry-run", "--accept-config-changes"]
     main(["train", "--config", QUICKSTART, *given])
     _, workdir, flags = trained[1]
-    assert workdir == "w"
+    assert workdir == Path("w")
     assert flags == {
         "compiled": Path("."),
         "step_timeout": 90,
@@ -147,7 +147,7 @@ def test_configs_import_each_other_anywhere(place, tmp_path, trained, monkeypatc
     (folder / "mine.py").write_text(f"from configs.{name} import get_config\n")
     search = list(sys.path)
     assert main(["train", "--config", str(folder / "mine.py")]) == 0
-    assert trained[0][1] == os.path.join("runs", "mine")
+    assert trained[0][1] == Path("runs", "mine")
     assert sys.path == search
 
 
@@ -227,9 +227,8 @@ USAGE = {
         "unrecognized arguments: --config.seed (must be --config.KEY=VALUE)",
     ),
     "a bucket": (
-        ["--config", QUICKSTART, "--workdir", "gs://bucket/run"],
-        "--workdir gs://bucket/run: must be a directory; mount a bucket, with gcsfuse or "
-        "mountpoint-s3, and name the place",
+        ["--config", QUICKSTART, "--workdir", "http://host/run"],
+        "argument --workdir: http://host/run: must be a directory or one of file://, gs://, s3://",
     ),
     "no config": ([], "the following arguments are required: --config"),
     "no file": (

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from cnn_jax import MODELS
-from cnn_jax.errors import nearest
+from cnn_jax.errors import UserError, nearest
+from cnn_jax.storage import place, reason
 
 
 def add_command(
@@ -35,6 +36,24 @@ def existing_directory(text: str) -> Path:
     if not Path(text).is_dir():
         raise argparse.ArgumentTypeError(f"no directory {text!r}")
     return Path(text)
+
+
+def existing_run(text: str) -> Path:
+    directory = directory_or_url(text)
+    try:
+        exists = directory.is_dir()
+    except Exception as error:  # whichever way a client of object storage fails
+        raise argparse.ArgumentTypeError(f"{text}: cannot be read: {reason(error)}") from error
+    if not exists:
+        raise argparse.ArgumentTypeError(f"no directory {text!r}")
+    return directory
+
+
+def directory_or_url(text: str) -> Path:
+    try:
+        return place(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def new_file(text: str) -> Path:
@@ -77,7 +96,7 @@ def image_size(text: str) -> tuple[int, int]:
 def add_run(parser: argparse.ArgumentParser) -> None:
     """Adds the flags that say which weights of which run."""
     parser.add_argument(
-        "--workdir", metavar="RUN", type=existing_directory, required=True, help="of the run"
+        "--workdir", metavar="RUN", type=existing_run, required=True, help="of the run"
     )
     parser.add_argument(
         "--checkpoint",

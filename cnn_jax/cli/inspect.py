@@ -7,8 +7,8 @@ from typing import Any
 
 from cnn_jax.cli.arguments import (
     add_command,
-    existing_directory,
     existing_file,
+    existing_run,
     image_size,
     model_name,
     positive,
@@ -58,9 +58,7 @@ def add(commands: Any) -> None:
     network.add_argument(
         "--model", metavar="NAME", type=model_name, help="a network by name, with 1000 classes"
     )
-    network.add_argument(
-        "--workdir", metavar="RUN", type=existing_directory, help="the network of a run"
-    )
+    network.add_argument("--workdir", metavar="RUN", type=existing_run, help="the network of a run")
     parser.add_argument("--config.KEY", metavar="VALUE", help="override a key of FILE")
     parser.add_argument(
         "--image-size",

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cnn_jax.cli.arguments import add_command, existing_directory, new_file
+from cnn_jax.cli.arguments import add_command, existing_run, new_file
 
 DESCRIPTION = """\
 Draws loss, accuracy, learning rate and images/s of one or several runs in one
@@ -31,7 +31,7 @@ def add(commands: Any) -> None:
         epilog=EPILOG,
     )
     parser.add_argument(
-        "workdirs", metavar="RUN", nargs="+", type=existing_directory, help="directory of a run"
+        "workdirs", metavar="RUN", nargs="+", type=existing_run, help="directory of a run"
     )
     parser.add_argument(
         "--to",

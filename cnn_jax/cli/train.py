@@ -1,13 +1,18 @@
 """`train`, on the command line."""
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cnn_jax.cli.arguments import add_command, existing_directory, existing_file, positive
+from cnn_jax.cli.arguments import (
+    add_command,
+    directory_or_url,
+    existing_directory,
+    existing_file,
+    positive,
+)
 from cnn_jax.cli.config_files import parsed
 from cnn_jax.runtime import distributed
 
@@ -15,7 +20,8 @@ USAGE = """\
 %(prog)s --config FILE [--config.KEY=VALUE ...]
        [--workdir DIR] [--compiled DIR] [--step-timeout SECONDS] [--dry-run]
        [--accept-config-changes]
-       [--coordinator HOST:PORT --num-processes N --process-id I] [--peer-timeout SECONDS]"""
+       [--coordinator HOST:PORT --num-processes N --process-id I]
+       [--join-timeout SECONDS] [--peer-timeout SECONDS]"""
 
 DESCRIPTION = """\
 Trains the network that FILE describes and evaluates it on every test image.
@@ -36,8 +42,8 @@ Open MPI or Cloud TPU tell it its place, or --coordinator, --num-processes and
 configs/default.py explains every KEY. Exit code: 0 when done, 2 for a mistake
 in the command or the configuration, 130 and 143 when stopped by Ctrl-C or
 SIGTERM (what was trained is saved), 75 for a step that hung or another process
-that is gone, 1 for anything else that stopped it. After 75 and 143 the same
-command goes on.
+that is gone or never came, 1 for anything else that stopped it. After 75 and
+143 the same command goes on.
 """
 
 
@@ -64,7 +70,10 @@ def add(commands: Any) -> None:
         "--config.KEY", metavar="VALUE", help="override a key of FILE; any number of times"
     )
     parser.add_argument(
-        "--workdir", metavar="DIR", help="where the run writes (default: runs/<name of FILE>)"
+        "--workdir",
+        metavar="DIR",
+        type=directory_or_url,
+        help="where the run writes, gs:// and s3:// too (default: runs/<name of FILE>)",
     )
     parser.add_argument(
         "--compiled",
@@ -97,6 +106,13 @@ def add(commands: Any) -> None:
     )
     several.add_argument("--process-id", metavar="I", type=int, help="of this one, from 0 to N - 1")
     several.add_argument(
+        "--join-timeout",
+        metavar="SECONDS",
+        type=positive,
+        default=distributed.JOIN_TIMEOUT,
+        help="end when not all processes have come within so long (default: %(default)s)",
+    )
+    several.add_argument(
         "--peer-timeout",
         metavar="SECONDS",
         type=positive,
@@ -112,18 +128,13 @@ def run(options: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> in
 
     # Here rather than above: help and mistyped flags should not wait for data and checkpoints.
     from cnn_jax.config import ConfigError
+    from cnn_jax.runtime.workdir import has_checkpoint
 
-    if "://" in (options.workdir or ""):
-        options.parser.error(
-            f"--workdir {options.workdir}: must be a directory; mount a bucket, with gcsfuse or "
-            "mountpoint-s3, and name the place"
-        )
+    workdir = options.workdir or Path("runs", options.config.stem)
     place = distributed.find_place(options.coordinator, options.num_processes, options.process_id)
-    distributed.join(place, peer_timeout=options.peer_timeout)
-    workdir = options.workdir or os.path.join("runs", options.config.stem)
-    resumes = any(Path(workdir, "checkpoints").glob("[0-9]*/manifest.json"))
+    distributed.join(place, timeout=options.join_timeout, peer_timeout=options.peer_timeout)
     try:
-        config = parsed(options.config, overrides, check_weights=not resumes)
+        config = parsed(options.config, overrides, check_weights=not has_checkpoint(workdir))
 
         from cnn_jax.commands.train import train
 

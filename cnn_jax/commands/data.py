@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from cnn_jax import storage
 from cnn_jax.config import Config
 from cnn_jax.data.datasets import DATASETS, directory_of_sets
 from cnn_jax.data.sources import OWN_BUILDERS, ImageSource, Source, open_source
@@ -43,6 +44,8 @@ def prepare_named(name: str, *, data_dir: str) -> int:
             source = open_source(name, split, data_dir=data_dir)
             print(f"{name}: {split} {len(source):,}")
         return 0
+    if storage.is_remote(root):
+        raise UserError(f"{root}: prepare it in a directory (--data-dir) and copy that there")
     import tensorflow_datasets as tfds
     from tensorflow_datasets.core.registered import DatasetNotFoundError
 
@@ -183,7 +186,7 @@ def _strays(config: Config) -> Iterator[str]:
     from cnn_jax.data.checking import bad_links, strays
     from cnn_jax.data.found_images import files_below
 
-    root = Path(config.data.source_dir).expanduser()
+    root = storage.place(config.data.source_dir)
     for path, text in (*strays(root, files_below(root)), *bad_links(root)):
         yield f"note  {path}: {text}"
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from cnn_jax.errors import UserError
 from cnn_jax.runtime.pictures import draw_runs
 from cnn_jax.runtime.report import METRICS, read_rows
+from cnn_jax.storage import absolute, place
 
 
 def plot(workdirs: Sequence[str | Path], to: str | Path, *, smooth: float = 0.8) -> None:
@@ -24,8 +25,9 @@ def plot(workdirs: Sequence[str | Path], to: str | Path, *, smooth: float = 0.8)
     if Path(to).exists():
         raise UserError(f"{to}: is already there; name a file that is not")
     runs = {}
-    for directory, name in zip(workdirs, _names([Path(each) for each in workdirs]), strict=True):
-        runs[name] = read_rows(Path(directory) / METRICS)
+    directories = [place(each) for each in workdirs]
+    for directory, name in zip(directories, _names(directories), strict=True):
+        runs[name] = read_rows(directory / METRICS)
         if not runs[name]:
             raise UserError(
                 f"{directory}: has no {METRICS} with a row, so there is nothing to plot"
@@ -38,6 +40,6 @@ def plot(workdirs: Sequence[str | Path], to: str | Path, *, smooth: float = 0.8)
 
 def _names(paths: Sequence[Path]) -> list[str]:
     """Returns the shortest ends of the paths that tell them apart."""
-    parts = [path.absolute().parts for path in paths]
+    parts = [absolute(path).parts for path in paths]
     candidates = (["/".join(each[-end:]) for each in parts] for end in itertools.count(1))
     return next(names for names in candidates if len(set(names)) == len(set(parts)))

@@ -24,7 +24,7 @@ from cnn_jax.errors import UserError
 from cnn_jax.plan import Plan, make_plan, source_options
 from cnn_jax.runtime import distributed, executables
 from cnn_jax.runtime.checkpoint import Checkpoints
-from cnn_jax.runtime.compiler import CompilationCounter
+from cnn_jax.runtime.compiler import CompilationCounter, told_by_environment
 from cnn_jax.runtime.files import write_atomically
 from cnn_jax.runtime.platform import Interrupted, StopSignals, versions
 from cnn_jax.runtime.report import (
@@ -45,6 +45,7 @@ from cnn_jax.runtime.workdir import (
     write_config,
     write_skipped,
 )
+from cnn_jax.storage import place
 from cnn_jax.training.diagnosis import first_not_finite
 from cnn_jax.training.metrics import mean
 from cnn_jax.training.state import TrainState, all_finite, skip_step
@@ -78,7 +79,7 @@ def train(
         the loss is no longer a finite number.
     """
     clock = Clock()
-    directory = Path(workdir)
+    directory = place(workdir)
     distributed.agree(
         "code, configuration or devices",
         lambda: {
@@ -87,10 +88,14 @@ def train(
             "devices": jax.local_device_count(),
             "--workdir": str(directory),
             "--accept-config-changes": accept_config_changes,
+            "--compiled": compiled is not None,
+            "--dry-run": dry_run,
+            **told_by_environment(),
             **flatten_dict(config.as_dict(), sep="."),
         },
     )
     plan = make_plan(config)
+    distributed.agree("compilers", lambda: {"settings": plan.compiler.describe()})
     _say(f"{plan.describe()}\nworkdir    {directory}")
     if dry_run:
         for step in STEPS:
@@ -99,10 +104,14 @@ def train(
         _say("dry run: the configuration is good and its steps can be built; nothing was written")
         return 0
     try:
-        with distributed.stop_signals() as stop, claim(directory), distributed.explained():
+        with (
+            distributed.stop_signals() as stop,
+            claim(directory) as confirm,
+            distributed.explained(),
+        ):
             watchdog = Watchdog(step_timeout)
             return _train_in(
-                directory, plan, clock, stop, watchdog, compiled, accept_config_changes
+                directory, confirm, plan, clock, stop, watchdog, compiled, accept_config_changes
             )
     except Interrupted as interrupted:
         _say("stopped before training began; the same command starts again")
@@ -118,6 +127,7 @@ def train(
 
 def _train_in(
     directory: Path,
+    confirm: Callable[[], None],
     plan: Plan,
     clock: Clock,
     stop: StopSignals,
@@ -139,17 +149,25 @@ def _train_in(
                 else ", or go on with the new values: --accept-config-changes"
             )
         )
+    confirm()
     with contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(
             contextlib.closing(
-                Checkpoints(directory / "checkpoints", keep=plan.config.checkpoint.keep, log=_say)
+                Checkpoints(
+                    directory / "checkpoints",
+                    keep=plan.config.checkpoint.keep,
+                    log=_say,
+                    confirm=confirm,
+                )
             )
         )
         step = checkpoints.latest_step() or 0
         distributed.agree(f"the contents of {directory}", lambda: {"newest checkpoint": step})
         if before and not step:
             _say(f"{directory} holds no good checkpoint: training starts from the beginning")
-        metrics = stack.enter_context(contextlib.closing(MetricsLog(directory, resume_step=step)))
+        metrics = stack.enter_context(
+            contextlib.closing(MetricsLog(directory, resume_step=step, confirm=confirm))
+        )
         if step:
             changes = differences(completed(checkpoints.record()["config"]), config)
             _refuse_other_batches(_of_batches(changes), directory)
@@ -443,6 +461,7 @@ class _Training:
         self._report()
         with self.clock.measure("saving"):
             self._refuse_bad_state()
+            self.metrics.sync()
             self.checkpoints.save(
                 self.state,
                 record={**self.record, "faults": self._faults()},

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cnn_jax.errors import UserError, nearest
+from cnn_jax.storage import place
 
 
 @dataclass(frozen=True)
@@ -156,7 +157,7 @@ def dataset_info(
 def directory_of_sets(data_dir: str) -> Path:
     """Returns where prepared data sets are kept: `data_dir`, or TFDS's own choice if it is ""."""
     default = os.environ.get("TFDS_DATA_DIR", os.path.join("~", "tensorflow_datasets"))
-    return Path(data_dir or default).expanduser()
+    return place(data_dir or default)
 
 
 def split_range(info: DatasetInfo, split: str) -> tuple[str, range]:

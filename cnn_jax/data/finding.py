@@ -10,6 +10,7 @@ from cnn_jax.data.found_images import Found, find_images
 from cnn_jax.data.record_files import RecordFiles
 from cnn_jax.data.sources import Images, RecordSource
 from cnn_jax.errors import UserError
+from cnn_jax.storage import absolute, cache, is_remote, local_copy, place, reason
 
 IMAGE_SHAPE = (224, 224, 3)
 """Of images of many sizes, unless the configuration says another."""
@@ -26,9 +27,10 @@ def found_info(name: str, *, source_dir: str, data_dir: str) -> DatasetInfo:
             f"data.name = {name!r} needs data.source_dir, the path of "
             f"{what.get(name, 'the directory')}"
         )
-    source = Path(source_dir).expanduser()
+    source = place(source_dir)
     if name == "tfds":
-        return _tfds_info(_builder(source), name=source.resolve().parent.name)
+        whole = source if is_remote(source) else source.resolve()
+        return _tfds_info(_builder(source), name=whole.parent.name)
     found = _found(name, source, data_dir)
     return DatasetInfo(
         name=name,
@@ -51,9 +53,9 @@ def open_found(
     """
     split_name, examples = split_range(info, split)
     if info.name in ("folder", "csv", "tar", "records"):
-        found = _found(info.name, Path(source_dir).expanduser(), data_dir)
+        found = _found(info.name, place(source_dir), data_dir)
         return Images(info, split, found.splits[split_name], examples)
-    directory = Path(source_dir).expanduser()
+    directory = place(source_dir)
     if info.name in DATASETS:
         directory = _prepared_directory(info, data_dir)
     return _open_tfds(info, split, split_name, _builder(directory))
@@ -63,8 +65,18 @@ def _found(kind: str, source: Path, data_dir: str) -> Found:
     if kind == "records":
         from cnn_jax.data.resized_records import find_records
 
-        return find_records(source)
-    return find_images(kind, source.absolute(), directory_of_sets(data_dir) / ".cnn_jax_index")
+        return find_records(local_copy(source))
+    sets = directory_of_sets(data_dir)
+    index_dir = cache() / "index" if is_remote(sets) else sets / ".cnn_jax_index"
+    source = local_copy(source) if kind == "tar" else absolute(source)
+    try:
+        return find_images(kind, source, index_dir)
+    except UserError:
+        raise
+    except Exception as error:
+        if not is_remote(source):
+            raise
+        raise UserError(f"{source} cannot be read: {reason(error)}") from error
 
 
 def _prepared_directory(info: DatasetInfo, data_dir: str) -> Path:
@@ -85,7 +97,7 @@ def _builder(directory: Path) -> Any:
     import tensorflow_datasets as tfds
 
     try:
-        builder = tfds.builder_from_directory(directory)
+        builder = tfds.builder_from_directory(local_copy(directory))
     except Exception as error:  # JSON, protobuf and others: TFDS reads its metadata
         raise UserError(f"{directory} holds no data set that TFDS can read: {error}") from error
     file_format = builder.info.file_format

@@ -6,6 +6,7 @@ Each becomes `Found`: class names, and for each split its images by number.
 import csv
 import functools
 import hashlib
+import io
 import itertools
 import os
 import re
@@ -20,6 +21,8 @@ from typing import Protocol
 import numpy as np
 
 from cnn_jax.errors import UserError
+from cnn_jax.storage import files_below as objects_below
+from cnn_jax.storage import is_remote, read_bytes
 
 SPLITS = ("train", "validation", "val", "test")
 """Folders of these names, side by side, are splits and hold the class folders."""
@@ -62,8 +65,7 @@ class ImageFiles:
         return str(self.root / self.paths[index])
 
     def read(self, index: int) -> tuple[bytes, int]:
-        with open(self.name(index), "rb") as file:
-            return file.read(), int(self.labels[index])
+        return read_bytes(self.name(index)), int(self.labels[index])
 
 
 class TarImages:
@@ -126,6 +128,10 @@ def files_below(root: Path) -> Iterator[str]:
     Links are followed, but not to a folder that holds them, and names with a dot before them are
     passed over.
     """
+    if is_remote(root):
+        found = objects_below(root)
+        yield from (path for path in found if "/." not in f"/{path}")
+        return
 
     def visit(directory: str, above: frozenset[str]) -> Iterator[str]:
         real = os.path.realpath(root / directory)
@@ -140,7 +146,7 @@ def files_below(root: Path) -> Iterator[str]:
             elif entry.is_file():
                 yield path
 
-    return visit("", frozenset(map(str, Path(os.path.realpath(root)).parents)))
+    yield from visit("", frozenset(map(str, Path(os.path.realpath(root)).parents)))
 
 
 def _in_folder(root: Path) -> Found:
@@ -173,6 +179,11 @@ def _in_folder(root: Path) -> Found:
 def _by_class(folder: Path) -> dict[str, list[str]]:
     """Returns the images of each class folder, as paths below `folder`."""
     classes: dict[str, list[str]] = {}
+    if is_remote(folder):
+        for path in image_paths(folder):
+            if "/" in path:
+                classes.setdefault(path.partition("/")[0], []).append(path)
+        return classes
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
         if entry.is_dir() and not entry.name.startswith("."):
             paths = [os.path.join(entry.name, path) for path in image_paths(Path(entry.path))]
@@ -194,10 +205,10 @@ def _files(root: Path, examples: Sequence[tuple[str, int]], *, shuffle: bool) ->
 
 def _in_table(path: Path) -> Found:
     try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            table = csv.DictReader(file)
-            columns = table.fieldnames or ()
-            rows = list(table)
+        text = io.StringIO(path.read_bytes().decode("utf-8-sig"), newline="")
+        table = csv.DictReader(text)
+        columns = table.fieldnames or ()
+        rows = list(table)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"cannot read the table {path}: {error}") from error
     missing = [name for name in ("path", "label") if name not in columns]

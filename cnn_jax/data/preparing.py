@@ -12,6 +12,7 @@ from filelock import FileLock
 from tensorflow_datasets.core import constants
 
 from cnn_jax.errors import UserError
+from cnn_jax.storage import cache, is_remote, place
 
 
 def prepared_builder(
@@ -29,7 +30,9 @@ def prepared_builder(
     Raises:
       UserError: the data set cannot be written, or what is there is damaged.
     """
-    root = Path(data_dir or constants.DATA_DIR).expanduser()
+    root = place(data_dir or str(constants.DATA_DIR))
+    if is_remote(root):  # it is made here, and array_record reads files alone
+        root = cache() / "sets"
     directory = root / builder_class.name / str(builder_class.VERSION)
     if not directory.exists():
         log(f"preparing {builder_class.name} in {directory}")

@@ -6,7 +6,6 @@ among them, so that one that was cut or altered later is found before anything i
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping
@@ -21,22 +20,18 @@ from orbax.checkpoint import checkpoint_managers
 from cnn_jax.errors import UserError
 from cnn_jax.runtime.distributed import from_first, is_first
 from cnn_jax.runtime.files import write_atomically
+from cnn_jax.runtime.object_storage import COMMITTED, prepare_for
+from cnn_jax.storage import absolute, digests, files_below, is_remote, move
 from cnn_jax.training.state import TrainState
 from cnn_jax.training.statistics import fit_statistics
 
 MANIFEST = "manifest.json"
-ITEMS = ("state", "record", "metrics")
+ITEMS = ("state/", "record/", "metrics/")
 
 
 def _digests(step_directory: Path) -> dict[str, str]:
-    files = sorted(p for item in ITEMS for p in (step_directory / item).rglob("*") if p.is_file())
-    digests = {}
-    for path in files:
-        with path.open("rb") as file:
-            digests[path.relative_to(step_directory).as_posix()] = hashlib.file_digest(
-                file, "sha256"
-            ).hexdigest()
-    return digests
+    files = files_below(step_directory)
+    return digests(step_directory, [name for name in files if name.startswith(ITEMS)])
 
 
 def find_damage(step_directory: Path) -> str | None:
@@ -68,13 +63,24 @@ def quieten_orbax() -> None:
 class Checkpoints:
     """The checkpoints of one run: the newest `keep` and the one with the best accuracy."""
 
-    def __init__(self, directory: Path, *, keep: int, log: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        keep: int,
+        log: Callable[[str], None],
+        confirm: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`confirm` is called before each save, and raises where the directory has been lost."""
         quieten_orbax()
-        self._directory = directory.absolute()
+        prepare_for(directory)
+        self._directory = absolute(directory)
         self._log = log
+        self._confirm = confirm
         self._saving: int | None = None
         if is_first():
-            self._directory.mkdir(parents=True, exist_ok=True)
+            if not is_remote(directory):
+                self._directory.mkdir(parents=True, exist_ok=True)
             self._set_damaged_aside()
         from_first("whole checkpoints", lambda: None)
         processes = jax.process_count()
@@ -154,6 +160,7 @@ class Checkpoints:
         Raises UserError where this or an earlier checkpoint could not be written.
         """
         step = int(jax.device_get(state.step))
+        self._confirm()
         self.wait()
         self._saving = step
         with self._clear_errors():
@@ -183,21 +190,25 @@ class Checkpoints:
 
     def _write_manifest(self) -> None:
         # orbax calls this before it renames the directory, so the manifest is part of the commit.
-        (step_directory,) = self._directory.glob(f"{self._saving}.*")
+        if is_remote(self._directory):  # it commits by a last object instead
+            step_directory = self._directory / str(self._saving)
+        else:
+            (step_directory,) = self._directory.glob(f"{self._saving}.*")
         write_manifest(step_directory)
 
     def _set_damaged_aside(self) -> None:
         """Moves damaged checkpoints out of orbax's sight."""
         steps = [p for p in self._directory.glob("[0-9]*") if p.name.isdigit() and p.is_dir()]
         for step_directory in sorted(steps, key=lambda path: int(path.name), reverse=True):
+            if is_remote(step_directory) and not (step_directory / COMMITTED).exists():
+                continue  # a save that was cut short; orbax clears it away
             damage = find_damage(step_directory)
             if damage is None:
                 continue
             aside = self._directory.with_name("damaged") / step_directory.name
             while aside.exists():
                 aside = aside.with_name(aside.name + "-again")
-            aside.parent.mkdir(exist_ok=True)
-            step_directory.rename(aside)
+            move(step_directory, to=aside)
             self._log(f"checkpoint {step_directory} is skipped: {damage}; moved to {aside}")
 
     @contextlib.contextmanager
@@ -205,6 +216,7 @@ class Checkpoints:
         try:
             yield
         except (OSError, ValueError, RuntimeError) as error:
+            self._confirm()
             raise UserError(
                 f"checkpoint {self._directory / str(self._saving)} could not be written: "
                 f"{_first_line(error)}. Earlier checkpoints are untouched; make room or choose "

@@ -99,6 +99,16 @@ def compiler_settings(
     return CompilerSettings(platform, known, tuple(name for name in wanted if name not in known))
 
 
+def told_by_environment() -> dict[str, str]:
+    """Returns what this process's environment tells the compilers, but for what they dump."""
+    told = {name: os.environ.get(name, "") for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")}
+    told["JAX_DEFAULT_MATMUL_PRECISION"] = CONFIG.jax_default_matmul_precision or ""
+    return {
+        name: " ".join(flag for flag in flags.split() if not flag.startswith("--xla_dump"))
+        for name, flags in told.items()
+    }
+
+
 def _is_known(name: str, value: bool | str, device: Any) -> bool:
     sharding = None if device is None else jax.sharding.SingleDeviceSharding(device)
     program = jax.jit(lambda: 0, out_shardings=sharding).lower()

@@ -38,7 +38,7 @@ PEER_TIMEOUT = 60
 """Seconds without a sign of life after which a process is taken to be gone."""
 
 JOIN_TIMEOUT = 300
-"""Seconds in which all processes must have started."""
+"""Seconds after the start of a process in which all must have joined."""
 
 FOR_EVER = 7 * 24 * 3600 * 1000
 """Milliseconds: a wait for another process ends with it, see `_Peers`, and not by itself."""
@@ -236,10 +236,15 @@ def find_place(
     return Place(coordinator, num_processes, process_id, detected=launcher is not None)
 
 
-def join(place: Place | None, *, peer_timeout: float = PEER_TIMEOUT) -> None:
+def join(
+    place: Place | None, *, timeout: float = JOIN_TIMEOUT, peer_timeout: float = PEER_TIMEOUT
+) -> None:
     """Joins the processes of this run, before JAX touches a device.
 
-    Raises UserError where not all of them come, or one cannot.
+    Where not all of them come within `timeout` seconds, this one says so and ends with the exit
+    code `RESTART`.
+
+    Raises UserError where this one cannot join.
     """
     global _peers
     if place is None:
@@ -247,13 +252,17 @@ def join(place: Place | None, *, peer_timeout: float = PEER_TIMEOUT) -> None:
     # JAX would take SIGTERM for itself; `StopTogether` does what it does, for SIGINT too.
     CONFIG.update("jax_enable_preemption_service", False)
     state = jax_distributed.global_state
+    # JAX's own patience ends with a stack trace in C++, and it does not say who is missing.
+    impatience = threading.Timer(timeout, _give_up, [place, timeout])
+    impatience.daemon = True
+    impatience.start()
     try:
         jax.distributed.initialize(
             coordinator_address=place.coordinator,
             num_processes=place.num_processes,
             process_id=place.process_id,
             cluster_detection_method=None if place.detected else "deactivate",
-            initialization_timeout=JOIN_TIMEOUT,
+            initialization_timeout=int(timeout + 60),
             heartbeat_timeout_seconds=int(2 * peer_timeout + 10),
         )
     except (RuntimeError, ValueError, OSError) as error:
@@ -261,10 +270,29 @@ def join(place: Place | None, *, peer_timeout: float = PEER_TIMEOUT) -> None:
         raise UserError(
             f"process {place.process_id} of {place.num_processes} cannot join the others at "
             f"{state.coordinator_address or place.coordinator}: {reason}. All processes must start "
-            f"within {JOIN_TIMEOUT} s, each with its own number, and reach the address of process 0"
+            f"within {timeout:g} s, each with its own number, and reach the address of process 0"
         ) from error
+    finally:
+        impatience.cancel()
     if state.num_processes > 1:
         _peers = _Peers(state.client, state.process_id, state.num_processes, peer_timeout)
+
+
+def _give_up(place: Place, timeout: float) -> None:
+    state = jax_distributed.global_state
+    index, count = state.process_id, state.num_processes
+    if place.process_id is not None and place.num_processes is not None:
+        index, count = place.process_id, place.num_processes
+    address = state.coordinator_address or place.coordinator
+    print(
+        f"process {index} of {count} is at {address}, but not all {count} have come within "
+        f"{timeout:g} s (--join-timeout). Those that are there say this, each on its own standard "
+        "error; JAX does not say which are missing. Each must have been started, have a number of "
+        "its own, and reach that address, which is process 0's. Start all of them again",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(RESTART)
 
 
 def leave(code: int, why: str = "") -> None:

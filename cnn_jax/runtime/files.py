@@ -1,19 +1,84 @@
-"""Files that are whole or absent."""
+"""Files that are whole or absent, and files that grow."""
 
 import os
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 from cnn_jax.errors import UserError
+from cnn_jax.storage import is_remote, reason
+
+UPLOAD_PERIOD = 30
+"""Seconds for which a file on object storage may lag behind, where nothing asks for it."""
 
 
 def write_atomically(path: Path, contents: str | bytes) -> None:
-    """Writes a file that exists whole or not at all, also after a power cut."""
+    """Writes a file that exists whole or not at all, also after a power cut; raises OSError."""
+    data = contents.encode() if isinstance(contents, str) else contents
+    if is_remote(path):
+        try:
+            path.write_bytes(data)
+        except Exception as error:  # whichever way a client fails
+            raise OSError(f"{path} cannot be written: {reason(error)}") from error
+        return
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("wb") as file:
-        file.write(contents.encode() if isinstance(contents, str) else contents)
+        file.write(data)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+
+
+class GrowingFile:
+    """A file that is added to; what is written is on its way to the disk when `write` returns.
+
+    An object cannot grow. There it is written again, whole, by `sync` and every `UPLOAD_PERIOD`.
+    """
+
+    def __init__(
+        self, path: Path, begin: bytes = b"", *, confirm: Callable[[], None] = lambda: None
+    ) -> None:
+        """Opens the file, which holds `begin` from now on, whatever it held.
+
+        `confirm` is called before an object is written, and raises where it is no longer this
+        process's.
+        """
+        self._path = path
+        self._confirm = confirm
+        self._contents = bytearray(begin)
+        self._synced = time.monotonic()
+        self._file = None
+        if is_remote(path):
+            self._late = path.exists() or bool(begin)
+            return
+        if (path.read_bytes() if path.exists() else b"") != begin:
+            write_atomically(path, begin)
+        self._file = path.open("ab")
+
+    def write(self, data: bytes) -> None:
+        if self._file is not None:
+            self._file.write(data)
+            self._file.flush()
+            return
+        self._contents += data
+        self._late = True
+        if time.monotonic() - self._synced > UPLOAD_PERIOD:
+            self.sync()
+
+    def sync(self) -> None:
+        """Returns when all that was written survives the end of this machine."""
+        if self._file is not None:
+            os.fsync(self._file.fileno())
+        elif self._late:
+            self._confirm()
+            write_atomically(self._path, bytes(self._contents))
+            self._synced, self._late = time.monotonic(), False
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+        else:
+            self.sync()
 
 
 def write_json_file(path: Path, text: str) -> None:

@@ -4,16 +4,16 @@ import contextlib
 import functools
 import io
 import json
-import platform
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
 from cnn_jax.runtime.distributed import from_first, is_first
-from cnn_jax.runtime.files import write_atomically
+from cnn_jax.runtime.events import EventFile
+from cnn_jax.runtime.files import GrowingFile, write_atomically
 
 METRICS = "metrics.jsonl"
 
@@ -58,8 +58,10 @@ class MetricsLog:
         them, and others know those of the step it resumes from and what follows.
     """
 
-    def __init__(self, directory: Path, *, resume_step: int) -> None:
-        """Opens the log of a run that goes on from `resume_step`.
+    def __init__(
+        self, directory: Path, *, resume_step: int, confirm: Callable[[], None] = lambda: None
+    ) -> None:
+        """Opens the log of a run that goes on from `resume_step`; `confirm` as of `GrowingFile`.
 
         With the first row that is written, rows behind that step are dropped, and so is a last line
         torn by a kill: the run writes them again.
@@ -69,26 +71,23 @@ class MetricsLog:
         last = from_first("rows", lambda: [row for row in rows if row["step"] == resume_step])
         self.rows: list[Row] = [*(rows if is_first() else last)]
         self._directory = directory
+        self._confirm = confirm
         self._resume_step = resume_step
 
     @functools.cached_property
-    def _file(self) -> TextIO:
-        path = self._directory / METRICS
+    def _file(self) -> GrowingFile:
         kept = "".join(json.dumps(row) + "\n" for row in self.rows)
-        if path.exists() and path.read_bytes() != kept.encode():
-            write_atomically(path, kept)
-        return path.open("a")
+        return GrowingFile(self._directory / METRICS, kept.encode(), confirm=self._confirm)
 
     @functools.cached_property
-    def _events(self) -> "EventFile":
+    def _events(self) -> EventFile:
         return EventFile(self._directory / "tensorboard", first_step=self._resume_step + 1)
 
     def write(self, step: int, values: Row) -> None:
-        """Adds one row; it is on its way to the disk when this returns."""
+        """Adds one row; it is on its way to the disk when this returns, see `GrowingFile`."""
         row = {"step": step, **values}
         if is_first():
-            self._file.write(json.dumps(row) + "\n")
-            self._file.flush()
+            self._file.write(json.dumps(row).encode() + b"\n")
             self._events.write(step, values)
         self.rows.append(row)
 
@@ -103,42 +102,14 @@ class MetricsLog:
         self.rows = [row for row in self.rows if row["step"] <= step]
         self._resume_step = step
 
+    def sync(self) -> None:
+        """Returns when all rows survive the end of this machine."""
+        for opened in {"_file", "_events"} & self.__dict__.keys():
+            self.__dict__[opened].sync()
+
     def close(self) -> None:
         for opened in {"_file", "_events"} & self.__dict__.keys():
             self.__dict__.pop(opened).close()
-
-
-class EventFile:
-    """A TensorBoard event file whose rows are on their way to the disk when `write` returns.
-
-    tensorboardX's SummaryWriter queues them, and a kill takes what is in the queue.
-    """
-
-    def __init__(self, directory: Path, *, first_step: int) -> None:
-        """Begins a file that declares void what earlier files have from `first_step` on."""
-        from tensorboardX.proto import event_pb2
-        from tensorboardX.record_writer import RecordWriter
-
-        self._protos: Any = event_pb2
-        directory.mkdir(exist_ok=True)
-        name = f"events.out.tfevents.{time.time():.6f}.{platform.node()}"
-        self._file = RecordWriter(str(directory / name))
-        self._add(file_version="brain.Event:2")
-        start = self._protos.SessionLog(status=self._protos.SessionLog.START)
-        self._add(step=first_step, session_log=start)
-
-    def write(self, step: int, values: Row) -> None:
-        """Adds the values as scalars."""
-        scalars = [{"tag": name, "simple_value": value} for name, value in values.items()]
-        self._add(step=step, summary={"value": scalars})
-
-    def close(self) -> None:
-        self._file.close()
-
-    def _add(self, **contents: Any) -> None:
-        event = self._protos.Event(wall_time=time.time(), **contents)
-        self._file.write(event.SerializeToString())
-        self._file.flush()
 
 
 def read_rows(path: Path) -> list[dict[str, float]]:

@@ -21,7 +21,9 @@ import safetensors.numpy
 from cnn_jax.errors import UserError, nearest
 from cnn_jax.runtime.checkpoint import find_damage, quieten_orbax, write_manifest
 from cnn_jax.runtime.files import write_atomically
+from cnn_jax.runtime.object_storage import prepare_for
 from cnn_jax.runtime.torch_files import read_torch_file
+from cnn_jax.storage import absolute
 from cnn_jax.training.statistics import pool_statistics
 
 COLLECTIONS = ("params", "batch_stats")
@@ -77,6 +79,7 @@ def read_directory(directory: Path) -> tuple[dict[str, Any], Mapping[str, Any]]:
     Raises UserError where there is none, or it is damaged.
     """
     quieten_orbax()
+    prepare_for(directory)
     checkpoint = _find_checkpoint(directory)
     with ocp.PyTreeCheckpointer() as reader:
         metadata = reader.metadata(checkpoint / "state")
@@ -131,7 +134,7 @@ def sha256(path: Path) -> str:
 
 def _find_checkpoint(directory: Path) -> Path:
     """Returns the directory itself if it is a checkpoint, or else the newest good one in it."""
-    directory = directory.absolute()
+    directory = absolute(directory)
     if (directory / "state").is_dir():
         damage = find_damage(directory)
         if damage is not None:

@@ -2,7 +2,10 @@
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping
+import os
+import platform
+import uuid
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +14,28 @@ from filelock import FileLock, Timeout
 from cnn_jax.errors import UserError
 from cnn_jax.runtime.distributed import is_first
 from cnn_jax.runtime.files import write_atomically
+from cnn_jax.storage import is_remote, reason
 
 CONFIG = "config.json"
 SKIPPED = "skipped.json"
+OWNER = "owner.json"
 
 
 @contextlib.contextmanager
-def claim(directory: Path) -> Iterator[None]:
+def claim(directory: Path) -> Iterator[Callable[[], None]]:
     """Makes the directory and holds it for this process, the first of its run.
+
+    Object storage has no locks that end with their process: there the newest claim holds. The
+    function that this gives claims it at the first call, and afterwards raises UserError where
+    another process has claimed it since.
 
     Raises UserError where it cannot be written, or another process holds it.
     """
     if not is_first():
-        yield
+        yield lambda: None
+        return
+    if is_remote(directory):
+        yield _Claim(directory)
         return
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -39,9 +51,45 @@ def claim(directory: Path) -> Iterator[None]:
             f"cannot write to {directory}: {error.strerror}. Choose another --workdir"
         ) from error
     try:
-        yield
+        yield lambda: None
     finally:
         lock.release()
+
+
+class _Claim:
+    """A claim on a directory on object storage."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._mine = {"host": platform.node(), "process": os.getpid(), "start": uuid.uuid4().hex}
+        self._claimed = False
+
+    def __call__(self) -> None:
+        path = self._directory / OWNER
+        if not self._claimed:
+            write_atomically(path, json.dumps(self._mine) + "\n")
+            self._claimed = True
+            return
+        try:
+            owner = json.loads(path.read_text())
+        except Exception as error:  # whichever way a client fails
+            raise OSError(f"{path} cannot be read: {reason(error)}") from error
+        if owner != self._mine:
+            raise UserError(
+                f"{self._directory}: process {owner['process']} of {owner['host']} has begun to "
+                "train there after this one, which ends and leaves the directory to it"
+            )
+
+
+def has_checkpoint(directory: Path) -> bool:
+    """Returns whether a run in the directory has come to its first checkpoint.
+
+    Raises UserError where that cannot be seen.
+    """
+    try:
+        return any((directory / "checkpoints").glob("[0-9]*/manifest.json"))
+    except Exception as error:
+        raise UserError(f"--workdir {directory}: cannot be read: {reason(error)}") from error
 
 
 def read_config(directory: Path) -> dict[str, Any] | None:

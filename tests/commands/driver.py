@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -15,6 +16,8 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import pytest
+from tensorboardX.proto.event_pb2 import Event
 
 ROOT = Path(__file__).parents[2]
 TOTAL_STEPS = 24
@@ -193,3 +196,29 @@ def assert_same_run(workdir: Path, reference: Path) -> None:
     """Asserts that two whole runs have the same weights and have told the same story."""
     assert_same_weights(workdir, reference)
     assert read_metrics(workdir) == read_metrics(reference)
+
+
+def read_events(workdir: Path) -> dict[tuple[str, int], float]:
+    """Returns the TensorBoard events of a run as (tag, step): value, as TensorBoard reads them."""
+    scalars: dict[tuple[str, int], float] = {}
+    for path in sorted((workdir / "tensorboard").iterdir()):
+        content, start = path.read_bytes(), 0
+        while start + 12 <= len(content):
+            (length,) = struct.unpack_from("<Q", content, start)
+            if start + 16 + length > len(content):
+                break
+            event = Event.FromString(content[start + 12 : start + 12 + length])
+            start += 16 + length
+            if event.session_log.status == event.session_log.START:
+                scalars = {key: value for key, value in scalars.items() if key[1] < event.step}
+            for value in event.summary.value:
+                scalars[value.tag, event.step] = value.simple_value
+    return scalars
+
+
+def assert_events_are_the_rows(workdir: Path) -> None:
+    """Asserts that TensorBoard shows the rows of `metrics.jsonl`, each once."""
+    rows = read_metrics(workdir)
+    expected = {(name, row["step"]): row[name] for row in rows for name in row if name != "step"}
+    scalars = {key: x for key, x in read_events(workdir).items() if key[0] != "images_per_second"}
+    assert scalars == pytest.approx(expected, rel=1e-6)

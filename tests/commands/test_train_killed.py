@@ -2,48 +2,21 @@
 
 import random
 import signal
-import struct
 import time
 
 import pytest
 from driver import (
     TOTAL_STEPS,
+    assert_events_are_the_rows,
     assert_same_run,
     assert_same_weights,
-    read_metrics,
     read_state,
     saved_steps,
 )
-from tensorboardX.proto.event_pb2 import Event
 
 UNCACHED = {"JAX_ENABLE_COMPILATION_CACHE": "false", "JAX_LOG_COMPILES": "1"}
 COMPILING = "Compiling jit(step)"
 COMPILED = "Finished XLA compilation of jit(step)"
-
-
-def read_events(workdir):
-    """Returns the TensorBoard events of a run as (tag, step): value, as TensorBoard reads them."""
-    scalars = {}
-    for path in sorted((workdir / "tensorboard").iterdir()):
-        content, start = path.read_bytes(), 0
-        while start + 12 <= len(content):
-            (length,) = struct.unpack_from("<Q", content, start)
-            if start + 16 + length > len(content):
-                break
-            event = Event.FromString(content[start + 12 : start + 12 + length])
-            start += 16 + length
-            if event.session_log.status == event.session_log.START:
-                scalars = {key: value for key, value in scalars.items() if key[1] < event.step}
-            for value in event.summary.value:
-                scalars[value.tag, event.step] = value.simple_value
-    return scalars
-
-
-def assert_events_are_the_rows(workdir):
-    rows = read_metrics(workdir)
-    expected = {(name, row["step"]): row[name] for row in rows for name in row if name != "step"}
-    scalars = {key: x for key, x in read_events(workdir).items() if key[0] != "images_per_second"}
-    assert scalars == pytest.approx(expected, rel=1e-6)
 
 
 def test_resumes_after_a_kill_between_steps(trainer, killed, reference):

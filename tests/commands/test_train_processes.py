@@ -13,6 +13,7 @@ from driver import (
     TOTAL_STEPS,
     assert_same_run,
     assert_same_weights,
+    free_port,
     read_metrics,
     read_state,
     saved_steps,
@@ -127,6 +128,44 @@ def test_a_kill_while_the_other_compiles_ends_both(trainer, tmp_path):
     children[1].kill()
     assert children[0].end() == RESTART, children[0].output
     assert "process 1 of 2 is gone" in children[0].output
+
+
+@pytest.mark.slow
+def test_a_damaged_checkpoint_is_set_aside_by_one_and_both_restore_the_previous(
+    trainer, tmp_path, pair
+):
+    workdir = shutil.copytree(pair[0], tmp_path / "run")
+    *_, previous, newest = saved_steps(workdir)
+    damaged = next((workdir / "checkpoints" / str(newest) / "state" / "d").iterdir())
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    codes, outputs = trainer.run_two(workdir)
+    assert codes == [0, 0], outputs
+    said = f"checkpoint {workdir}/checkpoints/{newest} is skipped: state/d/{damaged.name} is trunc"
+    assert outputs[0].count(said) == 1
+    assert f"going on from step {previous} of 24" in outputs[0]
+    assert without_noise(outputs[1]) == []
+    assert (workdir / "damaged" / str(newest) / "state").is_dir()
+    assert_same_run(workdir, pair[0])
+
+
+def test_processes_whose_compilers_differ_are_refused_by_both(trainer, tmp_path):
+    flags = "--xla_cpu_enable_fast_math=true --xla_dump_to=/tmp/nowhere"
+    own = {"environment": {"XLA_FLAGS": flags}}
+    codes, outputs = trainer.run_two(tmp_path / "run", of_each=[{}, own])
+    assert codes == [1, 1], outputs
+    for output in outputs:
+        assert "XLA_FLAGS: '' in process 0, '--xla_cpu_enable_fast_math=true' in process" in output
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_process_that_never_comes_is_not_waited_for(trainer, tmp_path):
+    place = [f"--coordinator=127.0.0.1:{free_port()}", "--num-processes=3", "--join-timeout=3"]
+    children = [trainer.start(tmp_path / "run", *place, f"--process-id={each}") for each in (0, 2)]
+    for index, child in zip((0, 2), children, strict=True):
+        assert child.end() == RESTART, child.output
+        told = f"process {index} of 3 is at 127.0.0.1:"
+        assert child.lines[-1].startswith(told), child.output
+        assert "not all 3 have come within 3 s (--join-timeout)" in child.lines[-1]
 
 
 def test_processes_that_differ_are_refused_by_both(trainer, tmp_path):

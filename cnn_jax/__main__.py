@@ -15,6 +15,7 @@ from cnn_jax.cli import convert as convert_
 from cnn_jax.cli import data as data_
 from cnn_jax.cli import evaluate as evaluate_
 from cnn_jax.cli import export as export_
+from cnn_jax.cli import features as features_
 from cnn_jax.cli import inspect as inspect_
 from cnn_jax.cli import plot as plot_
 from cnn_jax.cli import predict as predict_
@@ -30,6 +31,7 @@ COMMANDS = (
     train_,
     evaluate_,
     predict_,
+    features_,
     export_,
     serve_,
     plot_,

@@ -263,11 +263,17 @@ class Config:
         return json.loads(json.dumps(values))
 
 
-def parse(values: Mapping[str, Any], *, num_devices: int, check_weights: bool = False) -> Config:
+def parse(
+    values: Mapping[str, Any],
+    *,
+    num_devices: int,
+    check_weights: bool = False,
+    dataset: DatasetInfo | None = None,
+) -> Config:
     """Returns the configuration that the nested `values` spell, for a run on `num_devices`.
 
     With `check_weights` it reads the weights of `init_from`, which a run does not need again once
-    it has a checkpoint.
+    it has a checkpoint. A `dataset` that is known is not looked for.
 
     Raises ConfigError with every mistake there is: unknown and missing keys, wrong types, values
     out of range, unknown names, and values that do not go together.
@@ -288,7 +294,9 @@ def parse(values: Mapping[str, Any], *, num_devices: int, check_weights: bool = 
     arguments = [key for key in given if key.startswith("model.") and key != "model.name"]
     if all(key in good for key in arguments):
         good["model.arguments"] = {key.removeprefix("model."): good[key] for key in arguments}
-    if all(key in good for key in _DATASET_KEYS):
+    if dataset is not None:
+        good["dataset"] = dataset
+    elif all(key in good for key in _DATASET_KEYS):
         name, *where = (good[key] for key in _DATASET_KEYS)
         try:
             good["dataset"] = dataset_info(name, **dict(zip(_DATASET_WHERE, where, strict=True)))

@@ -402,11 +402,13 @@ def decisive(config: Config) -> dict[str, Any]:
     return {key: value for key, value in values.items() if not key.startswith(OF_THE_HOST)}
 
 
-def make_model(config: Config, *, batch_norm_group_size: int | None = None) -> Any:
-    """Returns the linen module that `config` describes."""
+def make_model(
+    config: Config, dataset: DatasetInfo, *, batch_norm_group_size: int | None = None
+) -> Any:
+    """Returns the linen module that `config` describes, for the classes of its data set."""
     return create_model(
         config.model.name,
-        num_classes=config.data.dataset().num_classes,
+        num_classes=dataset.num_classes,
         dtype=jnp.dtype(config.precision),
         remat=config.remat,
         batch_norm_group_size=batch_norm_group_size,
@@ -432,7 +434,7 @@ def make_plan(config: Config, *, devices: Sequence[Any] | None = None) -> Plan:
     mesh = make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp, devices=devices)
     micro_batch = config.batch_size // config.accumulate_steps
     group_size = config.batch_norm.group_size(micro_batch, mesh.size)
-    model = make_model(config, batch_norm_group_size=group_size)
+    model = make_model(config, dataset, batch_norm_group_size=group_size)
     schedule = make_schedule(
         config.schedule.name,
         peak=config.optimizer.learning_rate,

@@ -12,17 +12,19 @@ import numpy as np
 
 from cnn_jax.config import Config, ConfigError, completed, parse
 from cnn_jax.data.datasets import DatasetInfo
+from cnn_jax.data.sources import Source, open_source
 from cnn_jax.errors import UserError
-from cnn_jax.plan import decisive, make_model
+from cnn_jax.models.torch_weights import from_variables
+from cnn_jax.plan import decisive, make_model, source_options
 from cnn_jax.runtime.checkpoint import find_damage
 from cnn_jax.runtime.compiler import compile_program, compiler_settings
 from cnn_jax.runtime.programs import kept
 from cnn_jax.runtime.report import METRICS, read_rows
+from cnn_jax.runtime.weight_files import read_directory
 from cnn_jax.runtime.workdir import CONFIG, read_config
 from cnn_jax.storage import place
 from cnn_jax.training.augment import normalize
 from cnn_jax.typing import Images, RawImages
-from cnn_jax.weights import load_weights
 
 CHECKPOINTS = ("last", "best")
 
@@ -38,6 +40,7 @@ class Trained:
       dataset: what is known of its data set.
       model: the linen module.
       variables: its parameters and running statistics.
+      ema: whether these are the moving averages.
     """
 
     directory: Path
@@ -46,6 +49,13 @@ class Trained:
     dataset: DatasetInfo
     model: Any
     variables: Mapping[str, Any]
+    ema: bool
+
+    @property
+    def described(self) -> str:
+        """Which weights these are, for a person."""
+        weights = ", averaged weights," if self.ema else ""
+        return f"step {self.step:,}{weights} of {self.directory}"
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -68,22 +78,57 @@ class Trained:
         data, dtype = self.config.data, jnp.dtype(self.config.precision)
         return normalize(images, mean=data.mean, std=data.std, dtype=dtype)
 
+    def open_split(self, split: str | None, *, log: Callable[[str], None]) -> Source:
+        """Returns the examples of a split of the run's data set, by default what it was tested on.
+
+        Raises UserError where they are not there, or have other classes than the run.
+        """
+        data = self.config.data
+        options = source_options(self.config)
+        source = open_source(data.name, split or data.test_split, log=log, **options)
+        names = self.dataset.class_names
+        if names and source.info.class_names != names:
+            other = set(source.info.class_names) ^ set(names)
+            raise UserError(
+                f"{data.source_dir or data.name}: has other classes than {self.directory} was "
+                f"trained on; not in both: {', '.join(sorted(other)) or 'none, but in other order'}"
+            )
+        return source
+
     def compile_logits(self, batch_size: int) -> Callable[[RawImages], jax.Array]:
         """Returns a compiled function of `batch_size` uint8 images: float32 logits [b, k]."""
 
-        def logits(variables: Any, images: RawImages) -> jax.Array:
-            return self.model.apply(variables, self.normalize(images), train=False)
+        def logits(variables: Any, images: Images) -> jax.Array:
+            return self.model.apply(variables, images, train=False)
+
+        return self.compile("logits", logits, batch_size)
+
+    def compile(
+        self,
+        name: str,
+        function: Callable[[Any, Images], Any],
+        batch_size: int,
+        **decided_by: Any,
+    ) -> Callable[[RawImages], Any]:
+        """Returns a compiled function of `batch_size` uint8 images.
+
+        It gives what `function` makes of the variables and of the normalised images. The program is
+        kept between starts under its `name` and all that decides it beside the configuration.
+        """
+
+        def of_pixels(variables: Any, images: RawImages) -> Any:
+            return function(variables, self.normalize(images))
 
         images = jax.ShapeDtypeStruct((batch_size, *self.dataset.image_shape), jnp.uint8)
         variables = jax.device_put(dict(self.variables))
         options = compiler_settings().options
         program = kept(
-            "logits",
-            lambda: compile_program(jax.jit(logits).lower(variables, images), options),
+            name,
+            lambda: compile_program(jax.jit(of_pixels).lower(variables, images), options),
             arguments={"variables": variables, "images": images},
             devices=jax.local_devices()[:1],
             options=options,
-            decided_by=decisive(self.config),
+            decided_by={**decisive(self.config), **decided_by},
         )
         return functools.partial(program, variables)
 
@@ -97,14 +142,20 @@ def most_probable(
 
 
 def open_run(
-    directory: str | Path, *, checkpoint: str = "last", log: Callable[[str], None] = print
+    directory: str | Path,
+    *,
+    checkpoint: str = "last",
+    ema: bool = False,
+    log: Callable[[str], None] = print,
 ) -> Trained:
     """Returns what the run in `directory` has learned, at its `checkpoint`.
 
     That is "last", "best" (of the test accuracy in its metrics) or the number of a step. A damaged
-    checkpoint is named to `log` and the next one is taken, unless it was asked for by number.
+    checkpoint is named to `log` and the next one is taken, unless it was asked for by number. With
+    `ema` it is the moving averages of parameters and statistics. The data need not be there: the
+    checkpoint holds what is known of them.
 
-    Raises UserError where there is no run, no good checkpoint, or one of another model.
+    Raises UserError where there is no run, no good checkpoint, no average, or one of another model.
     """
     directory = place(directory)
     if not directory.is_dir():
@@ -112,18 +163,33 @@ def open_run(
     values = read_config(directory)
     if values is None:
         raise UserError(f"--workdir {directory}: holds no run (it has no {CONFIG})")
+    path = _find_checkpoint(directory, checkpoint, log)
+    saved, record = read_directory(path, averaged=ema)
+    known = _recorded(record)
+    values = {**completed(values), "mesh": {"data": -1, "fsdp": 1}}
     try:  # a run of many devices may be looked at on one
-        config = parse({**completed(values), "mesh": {"data": -1, "fsdp": 1}}, num_devices=1)
+        config = parse(values, num_devices=1, dataset=known)
     except ConfigError as error:
         raise UserError(f"{directory / CONFIG}: {error}") from error
-    path = _find_checkpoint(directory, checkpoint, log)
-    dataset, model = config.data.dataset(), make_model(config)
+    dataset = known or config.data.dataset()
+    model = make_model(config, dataset)
     image = jax.ShapeDtypeStruct((1, *dataset.image_shape), jnp.float32)
     abstract = jax.eval_shape(
         lambda image: model.init(jax.random.key(0), image, train=False), image
     )
-    variables = load_weights(path, abstract)
-    return Trained(directory, int(path.name), config, dataset, model, variables)
+    variables = from_variables(saved, abstract)
+    return Trained(directory, int(path.name), config, dataset, model, variables, ema)
+
+
+def _recorded(record: Mapping[str, Any]) -> DatasetInfo | None:
+    """Returns what a checkpoint says of its data set; None for one of an earlier version."""
+    if "dataset" not in record:
+        return None
+    facts: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in record["dataset"].items()
+    }
+    return DatasetInfo(**facts)
 
 
 def _find_checkpoint(directory: Path, which: str, log: Callable[[str], None]) -> Path:
@@ -150,9 +216,16 @@ def _find_checkpoint(directory: Path, which: str, log: Callable[[str], None]) ->
 
 
 def _ordered(directory: Path, which: str, steps: Iterable[int]) -> list[int]:
-    """Returns the steps to try, the first first: the newest, or the one with the best accuracy."""
+    """Returns the steps to try, the first first: the newest, or the one with the best accuracy.
+
+    It is that of the averages where a run has them, as for the checkpoint that it keeps.
+    """
     if which == "last":
         return sorted(steps, reverse=True)
     rows = read_rows(directory / METRICS)
-    accuracy = {row["step"]: row["test/accuracy"] for row in rows if "test/accuracy" in row}
+    accuracy = {
+        row["step"]: row.get("test/accuracy_ema", row["test/accuracy"])
+        for row in rows
+        if "test/accuracy" in row
+    }
     return sorted(steps, key=lambda step: (accuracy.get(step, -1.0), step), reverse=True)

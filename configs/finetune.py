@@ -1,8 +1,7 @@
-r"""ResNet-50 on your own images, from weights of ImageNet: a folder with a folder of each class.
+"""ResNet-50 on your own images, from weights of ImageNet: a folder with a folder of each class.
 
     python -m cnn_jax convert resnet50.pth --model resnet50 --to weights/resnet50
-    python train.py --config configs/finetune.py --config.data.source_dir=DIR \
-        --config.init_from=weights/resnet50
+    python train.py --config configs/finetune.py --config.data.source_dir=DIR
 
 DIR holds CLASS/IMAGE.jpg; the last tenth in an order without meaning is held out. Where DIR holds
 train/CLASS and val/CLASS, set data.train_split=train and data.test_split=val.
@@ -21,6 +20,7 @@ def get_config():
     config.batch_size = 64
     config.num_epochs = 20
     config.model.name = "resnet50"
+    config.init_from = "weights/resnet50"
     config.init_ignore = ("head",)
     config.data.name = "folder"
     config.data.train_split = "train[:90%]"

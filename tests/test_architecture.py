@@ -43,6 +43,7 @@ MAY_IMPORT = {  # of the package, by part; every part may import itself
         "commands.data",
         "commands.evaluate",
         "commands.export",
+        "commands.features",
         "commands.inspect",
         "commands.plot",
         "commands.predict",

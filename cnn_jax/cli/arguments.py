@@ -104,3 +104,13 @@ def add_run(parser: argparse.ArgumentParser) -> None:
         default="last",
         help="last, best (by test accuracy) or a step (default: last)",
     )
+    add_ema(parser)
+
+
+def add_ema(parser: argparse.ArgumentParser) -> None:
+    """Adds the flag that takes the moving averages of the weights."""
+    parser.add_argument(
+        "--ema",
+        action="store_true",
+        help="take the averaged weights of a run that keeps them (ema.decay above 0)",
+    )

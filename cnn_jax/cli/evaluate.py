@@ -52,6 +52,7 @@ def run(options: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> in
         options.workdir,
         split=options.split,
         checkpoint=options.checkpoint,
+        ema=options.ema,
         json_file=options.json,
         pictures=options.pictures,
     )

@@ -9,13 +9,14 @@ from cnn_jax.cli.arguments import add_command, add_run, new_file
 
 DESCRIPTION = """\
 Writes what a run has learned as one file: a function of uint8 images that gives the
-probabilities of the classes, for CPU, CUDA and TPU and any batch size. JAX alone runs
-it, without this package; docs/using.md has the lines that do."""
+probabilities of the classes, for any batch size. JAX alone runs it on CPU, CUDA and
+TPU, without this package, or as ONNX onnxruntime; docs/using.md has the lines."""
 
 EPILOG = """\
 examples:
   %(prog)s --workdir runs/quickstart --to clothes.zip
   %(prog)s --workdir runs/quickstart --checkpoint best --to clothes.zip
+  %(prog)s --workdir runs/quickstart --format onnx --to clothes.onnx
 
 Exit code: 0 when done, 2 for a mistake in the command, 1 for anything else.
 """
@@ -37,9 +38,10 @@ def add(commands: Any) -> None:
     )
     parser.add_argument(
         "--format",
-        choices=("stablehlo",),
+        choices=("stablehlo", "onnx"),
         default="stablehlo",
-        help="a zip with StableHLO, as jax.export writes it, and a JSON (default: stablehlo)",
+        help="a zip with StableHLO, as jax.export writes it, and a JSON; or an ONNX model, in "
+        "float32 (default: stablehlo)",
     )
 
 
@@ -50,13 +52,23 @@ def run(options: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> in
     from cnn_jax.commands.export import export
 
     path: Path = options.to
-    about = export(options.workdir, path, checkpoint=options.checkpoint)
+    about = export(
+        options.workdir,
+        path,
+        checkpoint=options.checkpoint,
+        ema=options.ema,
+        form=options.format,
+    )
     shape = " x ".join(map(str, about["input"]["shape"]))
     norms = ", BatchNorm folded" if about["batch_norms_folded"] else ""
     print(
         f"{path}: {about['model']} at step {about['step']:,}{norms}, "
         f"{path.stat().st_size:,} bytes\n"
         f"uint8 {shape} to probabilities of {len(about['class_names'])} classes, "
-        f"on {', '.join(about['platforms'])}"
+        + (
+            f"on {', '.join(about['platforms'])}"
+            if options.format == "stablehlo"
+            else f"within {about['largest_difference']:.1g} of the run's in onnxruntime"
+        )
     )
     return 0

@@ -7,6 +7,7 @@ from typing import Any
 
 from cnn_jax.cli.arguments import (
     add_command,
+    add_ema,
     existing_file,
     existing_run,
     image_size,
@@ -18,14 +19,16 @@ from cnn_jax.cli.config_files import parsed
 USAGE = """\
 %(prog)s --config FILE [--config.KEY=VALUE ...]
        %(prog)s --model NAME [--image-size N] [--channels N]
-       %(prog)s --workdir RUN [--checkpoint WHICH] [--pictures DIR [--image FILE [--class NAME]]]
+       %(prog)s --workdir RUN [--checkpoint WHICH] [--ema]
+               [--pictures DIR [--image FILE [--class NAME] [--method NAME]]]
        and in each case [--depth N] [--json FILE]"""
 
 DESCRIPTION = """\
 Shows the layers of a network with their outputs, strides, receptive fields,
 parameters, multiply-adds and activations, without running it. It needs no data.
 Of a run it draws what was learned: the filters of the first convolution, and for an
-image what every stage makes of it and where the evidence for a class lies (Grad-CAM)."""
+image what every stage makes of it, how much of it each sees, and where the evidence
+for a class lies (Grad-CAM, Grad-CAM++)."""
 
 EPILOG = """\
 examples:
@@ -72,19 +75,26 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "--checkpoint", metavar="WHICH", help="with --workdir: last, best or a step (default: last)"
     )
+    add_ema(parser)
     parser.add_argument(
         "--pictures", metavar="DIR", help="with --workdir: draw filters.png in this directory"
     )
     parser.add_argument(
         "--image",
         metavar="FILE",
-        help="with --pictures: draw stages.png and evidence.png of this image as well",
+        help="with --pictures: draw stages.png, receptive_fields.png and evidence.png of this "
+        "image as well",
     )
     parser.add_argument(
         "--class",
         metavar="NAME",
         dest="class_name",
         help="with --image: whose evidence to draw (default: the predicted class)",
+    )
+    parser.add_argument(
+        "--method",
+        choices=("grad_cam", "grad_cam++"),
+        help="with --image: how to find the evidence (default: grad_cam)",
     )
     parser.add_argument(
         "--depth",
@@ -105,9 +115,11 @@ def run(options: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> in
     of_a_model = {"--image-size": options.image_size, "--channels": options.channels}
     of_a_run = {
         "--checkpoint": options.checkpoint,
+        "--ema": options.ema or None,
         "--pictures": options.pictures,
         "--image": options.image,
         "--class": options.class_name,
+        "--method": options.method,
     }
     misplaced = [flag for flag, value in of_a_model.items() if value is not None]
     if not options.model and misplaced:
@@ -117,8 +129,9 @@ def run(options: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> in
         options.parser.error(f"{misplaced[0]}: only with --workdir")
     if options.image and not options.pictures:
         options.parser.error("--image: only with --pictures, where to draw")
-    if options.class_name and not options.image:
-        options.parser.error("--class: only with --image")
+    for flag, value in (("--class", options.class_name), ("--method", options.method)):
+        if value and not options.image:
+            options.parser.error(f"{flag}: only with --image")
     if not options.config and overrides:
         options.parser.error(f"--config.{overrides[0][0]}: only with --config")
 
@@ -135,7 +148,9 @@ def run(options: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> in
         return inspect_run(
             options.workdir,
             checkpoint=checkpoint,
+            ema=options.ema,
             class_name=options.class_name,
+            method=options.method or "grad_cam",
             **drawn,
             **shown,
         )

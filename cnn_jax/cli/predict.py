@@ -67,6 +67,7 @@ def run(options: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> in
         options.workdir,
         named,
         checkpoint=options.checkpoint,
+        ema=options.ema,
         top=options.top,
         batch_size=options.batch_size,
         num_threads=options.threads,

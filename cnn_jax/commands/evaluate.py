@@ -9,8 +9,8 @@ import jax
 import numpy as np
 
 from cnn_jax.data.pipeline import eval_batches
-from cnn_jax.data.sources import Source, open_source
-from cnn_jax.plan import Plan, source_options
+from cnn_jax.data.sources import Source
+from cnn_jax.plan import Plan
 from cnn_jax.runtime.files import write_json_file
 from cnn_jax.runtime.pictures import draw_confusion, draw_contact_sheet, draw_reliability
 from cnn_jax.runtime.sharding import batch_sharding, to_devices
@@ -33,6 +33,7 @@ def evaluate(
     *,
     split: str | None = None,
     checkpoint: str = "last",
+    ema: bool = False,
     json_file: Path | None = None,
     pictures: Path | None = None,
 ) -> Scores:
@@ -42,21 +43,20 @@ def evaluate(
       workdir: directory of the run.
       split: of its data set, or a slice such as "test[:100]"; by default what it was tested on.
       checkpoint: "last", "best" or a step.
+      ema: take the moving averages of the weights and of the statistics.
       json_file: where to write the scores; it must not be there yet.
       pictures: directory for confusion.png, reliability.png and, where there are any, mistakes.png.
 
     Raises UserError for a run or a split that cannot be read, or a file that cannot be written.
     """
-    run = open_run(workdir, checkpoint=checkpoint, log=_say)
-    data = run.config.data
-    source = open_source(
-        data.name, split or data.test_split, log=_say, **source_options(run.config)
-    )
-    _say(f"evaluating step {run.step:,} of {run.directory} on {len(source):,} images")
+    run = open_run(workdir, checkpoint=checkpoint, ema=ema, log=_say)
+    source = run.open_split(split, log=_say)
+    _say(f"evaluating {run.described} on {len(source):,} images")
     scores = score(*_logits_and_labels(run, source))
     _say(_table(scores, run))
     if json_file is not None:
-        values = {"workdir": str(run.directory), "step": run.step, "split": source.split}
+        values = {"workdir": str(run.directory), "step": run.step, "ema": run.ema}
+        values |= {"split": source.split}
         values |= scores.as_dict(run.class_names)
         write_json_file(json_file, json.dumps(values, indent=2) + "\n")
         _say(f"written: {json_file}")

@@ -1,16 +1,19 @@
 """Exporting: what a run has learned as one file, which this package is not needed to use."""
 
+import dataclasses
+import functools
 import importlib.util
 import io
 import json
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.export
 import jax.numpy as jnp
+import numpy as np
 
 from cnn_jax.errors import UserError
 from cnn_jax.exported import DESCRIPTION, PROGRAM
@@ -24,49 +27,119 @@ from cnn_jax.typing import RawImages
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 
+FORMATS = ("stablehlo", "onnx")
+
+TOLERANCE = 1e-5
+"""The largest difference of a probability that a converted model may have."""
+
+CHECKED_BATCH = 3
+"""Random images on which it is compared."""
+
+NEEDED = {
+    "stablehlo": (("flatbuffers",), "pip install flatbuffers"),
+    "onnx": (
+        ("jax2onnx", "onnx", "onnxruntime"),
+        # Named, or pip takes a version of jax2onnx that replaces it by an older one.
+        'pip install jax2onnx onnxruntime "orbax-checkpoint>=0.12.8"',
+    ),
+}
+"""What a format needs, and how it is had."""
+
 
 def export(
     workdir: str | Path,
     to: str | Path,
     *,
     checkpoint: str = "last",
+    ema: bool = False,
+    form: str = "stablehlo",
     platforms: Sequence[str] = PLATFORMS,
 ) -> dict[str, Any]:
     """Writes a function of uint8 images [batch, h, w, c] that gives probabilities [batch, k].
 
-    The file is a zip of two parts: `model.stablehlo`, the function with its weights and its
-    preprocessing, for any batch size and each of `platforms`, as `jax.export` serialises it; and
-    `model.json`, which says what it is. It is there whole or not at all. BatchNorms are folded into
-    the convolutions before them; see `cnn_jax.models.folding`.
+    As "stablehlo" the file is a zip of two parts: `model.stablehlo`, the function with its weights
+    and its preprocessing, for any batch size and each of `platforms`, as `jax.export` serialises
+    it; and `model.json`, which says what it is. As "onnx" it is an ONNX model, in float32, with
+    the same as metadata; what onnxruntime computes with it has been compared with the run. It is
+    there whole or not at all. BatchNorms are folded into the convolutions before them; see
+    `cnn_jax.models.folding`.
 
     Args:
       workdir: directory of the run.
       to: the file; it must not be there yet.
       checkpoint: "last", "best" or a step.
-      platforms: of cpu, cuda, rocm and tpu; none of them need be here.
+      ema: take the moving averages of the weights.
+      form: one of `FORMATS`.
+      platforms: of StableHLO: of cpu, cuda, rocm and tpu; none of them need be here.
 
-    Returns what is in `model.json`. Raises UserError for a run that cannot be read, or a file that
-    cannot be written.
+    Returns the description in the file. Raises UserError for a run that cannot be read, a missing
+    package, a network that is not converted right, or a file that cannot be written.
     """
     to = Path(to)
     refuse_existing(to)
-    if importlib.util.find_spec("flatbuffers") is None:
-        raise UserError("export: jax.export needs flatbuffers; install it: pip install flatbuffers")
-    run = open_run(workdir, checkpoint=checkpoint)
-    exported, folded = _exported(run, platforms)
-    description = _description(run, platforms) | {"batch_norms_folded": folded}
-    contents = io.BytesIO()
-    with zipfile.ZipFile(contents, "w") as file:
-        file.writestr(DESCRIPTION, json.dumps(description, indent=2) + "\n")
-        file.writestr(PROGRAM, bytes(exported.serialize()))
+    packages, how = NEEDED[form]
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(f"export: {form} needs {', '.join(missing)}; install it: {how}")
+    run = open_run(workdir, checkpoint=checkpoint, ema=ema)
+    write = {"stablehlo": functools.partial(_stablehlo, platforms=platforms), "onnx": _onnx}[form]
+    description, contents = write(run)
     try:
-        write_atomically(to, contents.getvalue())
+        write_atomically(to, contents)
     except OSError as error:
         raise UserError(f"{to}: cannot be written: {error.strerror or error}") from error
     return description
 
 
-def _exported(run: Trained, platforms: Sequence[str]) -> tuple[jax.export.Exported, bool]:
+def _stablehlo(run: Trained, platforms: Sequence[str]) -> tuple[dict[str, Any], bytes]:
+    """Returns the description and the contents of the file."""
+    function, folded = _probabilities(run)
+    (batch,) = jax.export.symbolic_shape("batch")
+    images = jax.ShapeDtypeStruct((batch, *run.dataset.image_shape), jnp.uint8)
+    exported = jax.export.export(jax.jit(function), platforms=tuple(platforms))(images)
+    description = {
+        **_description(run, folded),
+        "platforms": list(platforms),
+        "compiler_options": {"cpu": dict(WITHOUT_FUSED_REDUCTIONS)},
+    }
+    contents = io.BytesIO()
+    with zipfile.ZipFile(contents, "w") as file:
+        file.writestr(DESCRIPTION, json.dumps(description, indent=2) + "\n")
+        file.writestr(PROGRAM, bytes(exported.serialize()))
+    return description, contents.getvalue()
+
+
+def _onnx(run: Trained) -> tuple[dict[str, Any], bytes]:
+    """Returns the description and the contents of the file, once it has given the same numbers.
+
+    In float32: onnxruntime has few operations in bfloat16 on the CPU.
+    """
+    from cnn_jax.runtime.onnx_program import convert_to_onnx, run_onnx
+
+    config = dataclasses.replace(run.config, precision="float32")
+    run = dataclasses.replace(run, config=config, model=run.model.clone(dtype=jnp.float32))
+    function, folded = _probabilities(run)
+    description = _description(run, folded)
+    try:
+        contents = convert_to_onnx(function, run.dataset.image_shape, description)
+    except (NotImplementedError, TypeError, ValueError, KeyError) as error:
+        raise UserError(
+            f"export: jax2onnx does not convert {run.config.model.name}: "
+            f"{' '.join(str(error).split())}; --format stablehlo takes every network"
+        ) from error
+    shape = (CHECKED_BATCH, *run.dataset.image_shape)
+    images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    expected = jax.nn.softmax(run.compile_logits(CHECKED_BATCH)(images))
+    difference = float(np.abs(run_onnx(contents, images) - np.asarray(expected)).max())
+    if not difference <= TOLERANCE:
+        raise UserError(
+            f"export: onnxruntime computes other probabilities than the run, by {difference:.2g}; "
+            "nothing is written"
+        )
+    return {**description, "largest_difference": difference}, contents
+
+
+def _probabilities(run: Trained) -> tuple[Callable[[RawImages], jax.Array], bool]:
     """Returns the function, and whether it has lost its BatchNorms."""
     shape = run.dataset.image_shape
     image = jax.ShapeDtypeStruct((1, *shape), jnp.dtype(run.config.precision))
@@ -76,24 +149,21 @@ def _exported(run: Trained, platforms: Sequence[str]) -> tuple[jax.export.Export
         logits: Any = model.apply(variables, run.normalize(images), train=False)
         return jax.nn.softmax(logits)
 
-    (batch,) = jax.export.symbolic_shape("batch")
-    images = jax.ShapeDtypeStruct((batch, *shape), jnp.uint8)
-    exported = jax.export.export(jax.jit(probabilities), platforms=tuple(platforms))(images)
-    return exported, model is not run.model
+    return probabilities, model is not run.model
 
 
-def _description(run: Trained, platforms: Sequence[str]) -> dict[str, Any]:
+def _description(run: Trained, folded: bool) -> dict[str, Any]:
     height, width, channels = run.dataset.image_shape
     return {
         "input": {"dtype": "uint8", "shape": ["batch", height, width, channels]},
         "output": {"dtype": "float32", "shape": ["batch", run.dataset.num_classes]},
         "class_names": list(run.class_names),
         "preprocessing": run.preprocessing,
-        "platforms": list(platforms),
-        "compiler_options": {"cpu": dict(WITHOUT_FUSED_REDUCTIONS)},
+        "batch_norms_folded": folded,
         "precision": run.config.precision,
         "model": run.config.model.name,
         "data": run.config.data.name,
         "step": run.step,
+        "ema": run.ema,
         "versions": versions(),
     }

@@ -15,12 +15,24 @@ from cnn_jax.config import Config
 from cnn_jax.data.image_files import read_image
 from cnn_jax.errors import UserError, nearest
 from cnn_jax.models import create_model
-from cnn_jax.models.explaining import class_activation_map, feature_maps
+from cnn_jax.models.explaining import (
+    METHODS,
+    class_activation_map,
+    effective_receptive_field,
+    feature_maps,
+)
 from cnn_jax.models.geometry import Layer, grouped, layers, table, total
 from cnn_jax.plan import make_model
 from cnn_jax.runtime.files import write_json_file
-from cnn_jax.runtime.pictures import draw_evidence, draw_feature_maps, draw_filters
+from cnn_jax.runtime.pictures import (
+    Field,
+    draw_evidence,
+    draw_feature_maps,
+    draw_filters,
+    draw_receptive_fields,
+)
 from cnn_jax.trained import Trained, open_run
+from cnn_jax.typing import Images
 
 LEGEND = """\
 Of one image. stride: pixels of the image between neighbours of the output; field: pixels of the
@@ -35,10 +47,9 @@ def inspect_config(config: Config, *, depth: int = 1, json_file: str | None = No
 
     Raises UserError where the file is already there or cannot be written.
     """
-    image_shape = config.data.dataset().image_shape
-    model, dtype = make_model(config), jnp.dtype(config.precision)
-    rows = grouped(layers(model, image_shape, dtype=dtype), depth)
-    return _show(config.model.name, image_shape, rows, json_file)
+    dataset = config.data.dataset()
+    rows = _rows(make_model(config, dataset), config, dataset.image_shape, depth)
+    return _show(config.model.name, dataset.image_shape, rows, json_file)
 
 
 def inspect_model(
@@ -60,28 +71,32 @@ def inspect_run(
     workdir: str | Path,
     *,
     checkpoint: str = "last",
+    ema: bool = False,
     pictures: str | Path | None = None,
     image: str | Path | None = None,
     class_name: str | None = None,
+    method: str = "grad_cam",
     depth: int = 1,
     json_file: str | None = None,
 ) -> int:
     """Prints the layers of a run's network, and draws what it has learned; returns 0.
 
     The directory `pictures` receives `filters.png`, those of the first convolution. With the file
-    of an `image` also `stages.png`, what every stage makes of it, and `evidence.png`, where the
-    evidence for a class lies: the predicted one, or that of `class_name`.
+    of an `image` also `stages.png`, what every stage makes of it; `receptive_fields.png`, how much
+    of it the middle of every stage sees; and `evidence.png`, where the evidence for a class lies by
+    one of `explaining.METHODS`: the predicted one, or that of `class_name`.
 
     Raises UserError for a run, an image or a class that is not there, or a directory that cannot be
     written. See `inspect_config`.
     """
-    run = open_run(workdir, checkpoint=checkpoint)
+    run = open_run(workdir, checkpoint=checkpoint, ema=ema)
     if class_name is not None and class_name not in run.class_names:
         hint = nearest(class_name, run.class_names)
         raise UserError(f"class {class_name!r}: is not one of the run's classes{hint}")
     shape = run.dataset.image_shape
     pixels = np.zeros(shape, np.uint8) if image is None else read_image(Path(image), shape)
-    inspect_config(run.config, depth=depth, json_file=json_file)
+    rows = _rows(run.model, run.config, shape, depth)
+    _show(run.config.model.name, shape, rows, json_file)
     if pictures is None:
         return 0
     directory = Path(pictures)
@@ -89,7 +104,8 @@ def inspect_run(
         directory.mkdir(parents=True, exist_ok=True)
         _draw_filters(directory, run, pixels)
         if image is not None:
-            _draw_image(directory, run, pixels, class_name)
+            _draw_image(directory, run, pixels)
+            _draw_evidence(directory, run, pixels, class_name, method)
     except OSError as error:
         raise UserError(f"{directory}: cannot be written: {error.strerror or error}") from error
     if json_file != "-":
@@ -104,20 +120,67 @@ def _draw_filters(directory: Path, run: Trained, pixels: np.ndarray) -> None:
     draw_filters(directory / "filters.png", np.asarray(next(kernels), np.float32))
 
 
-def _draw_image(directory: Path, run: Trained, pixels: np.ndarray, class_name: str | None) -> None:
+def _draw_image(directory: Path, run: Trained, pixels: np.ndarray) -> None:
     images = run.normalize(pixels[None])
     stages = run.model.clone(features_only=True).apply(run.variables, images, train=False)
     maps = {f"stage {n}": np.asarray(x[0], np.float32) for n, x in enumerate(stages, start=1)}
     draw_feature_maps(directory / "stages.png", maps)
+    draw_receptive_fields(directory / "receptive_fields.png", pixels, _fields(run, images))
 
+
+def _fields(run: Trained, images: Images) -> list[Field]:
+    """Returns what the last module before each reduction sees of an image, from its middle."""
+    maps = feature_maps(run.model, run.variables, images)
+    rows = _rows(run.model, run.config, run.dataset.image_shape, 1)
+    last = {row.strides: row for row in rows if row.path in maps}
+    return [
+        Field(
+            f"{row.path}\nstride {_by(row.strides)}\n"
+            f"field {'image' if row.sees_whole_image else _by(row.receptive_field)}",
+            _box(row),
+            np.asarray(
+                effective_receptive_field(run.model, run.variables, images, layer=row.path)[0],
+                np.float32,
+            ),
+        )
+        for row in last.values()
+    ]
+
+
+def _by(pair: Sequence[int | None]) -> str:
+    return " x ".join("?" if number is None else str(number) for number in pair)
+
+
+def _box(row: Layer) -> tuple[float, float, float, float] | None:
+    """Returns top, left, height and width of what the middle of a layer's output sees."""
+    facts: Any = (row.strides, row.receptive_field, row.centre)
+    if None in (*row.strides, *row.receptive_field, *row.centre):
+        return None
+    (top, height), (left, width) = (
+        (centre + (length // 2) * stride - (extent - 1) / 2, extent)
+        for stride, extent, centre, length in zip(*facts, row.output[:2], strict=True)
+    )
+    return top, left, height, width
+
+
+def _draw_evidence(
+    directory: Path, run: Trained, pixels: np.ndarray, class_name: str | None, method: str
+) -> None:
+    images = run.normalize(pixels[None])
     probabilities = jax.nn.softmax(run.model.apply(run.variables, images, train=False))[0]
     predicted = int(probabilities.argmax())
     shown = predicted if class_name is None else run.class_names.index(class_name)
-    evidence = class_activation_map(run.model, run.variables, images, jnp.array([shown]))[0]
+    classes = jnp.array([shown])
+    maps = class_activation_map(run.model, run.variables, images, classes, method=method)
     caption = f"{run.class_names[shown]} ({probabilities[shown]:.1%})"
     if shown != predicted:
         caption += f"; predicted: {run.class_names[predicted]} ({probabilities[predicted]:.1%})"
-    draw_evidence(directory / "evidence.png", pixels, np.asarray(evidence, np.float32), caption)
+    evidence = np.asarray(maps[0], np.float32)
+    draw_evidence(directory / "evidence.png", pixels, evidence, caption, METHODS[method])
+
+
+def _rows(model: Any, config: Config, image_shape: Sequence[int], depth: int) -> list[Layer]:
+    return grouped(layers(model, image_shape, dtype=jnp.dtype(config.precision)), depth)
 
 
 def _show(

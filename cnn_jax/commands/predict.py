@@ -1,20 +1,18 @@
 """Prediction: the classes of images in files."""
 
+import contextlib
 import csv
 import dataclasses
-import itertools
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TextIO
 
 import jax
 import numpy as np
 
-from cnn_jax.data.image_files import find_images, read_image
-from cnn_jax.errors import UserError
+from cnn_jax.data.reading_ahead import FileBatch, read_batches
 from cnn_jax.trained import most_probable, open_run
 
 FORMATS = ("table", "jsonl", "csv")
@@ -34,6 +32,7 @@ def predict(
     paths: Iterable[str],
     *,
     checkpoint: str = "last",
+    ema: bool = False,
     top: int = 5,
     batch_size: int = 64,
     num_threads: int = 2,
@@ -44,6 +43,7 @@ def predict(
       workdir: directory of the run.
       paths: files, folders and patterns; see `cnn_jax.data.image_files`.
       checkpoint: "last", "best" or a step.
+      ema: take the moving averages of the weights.
       top: classes for each image, or all where there are fewer.
       batch_size: images that are computed together; there is one compiled program, of that size.
       num_threads: that read and decode, while the last batch is computed.
@@ -51,43 +51,29 @@ def predict(
     A file that cannot be read gives a prediction with an `error`, and the others go on. Raises
     UserError for a run that cannot be read.
     """
-    run = open_run(workdir, checkpoint=checkpoint, log=_warn)
-    logits = run.compile_logits(batch_size)
-    shape = run.dataset.image_shape
-    files = find_images(paths)
-
-    def read(path: Path) -> np.ndarray | UserError:
-        try:
-            return read_image(path, shape)
-        except UserError as error:
-            return error
-
-    with ThreadPoolExecutor(num_threads) as threads:
+    run = open_run(workdir, checkpoint=checkpoint, ema=ema, log=_warn)
+    logits, softmax = run.compile_logits(batch_size), jax.jit(jax.nn.softmax)
+    batches = read_batches(
+        paths, run.dataset.image_shape, batch_size=batch_size, num_threads=num_threads
+    )
+    with contextlib.closing(batches):
         waiting = None
-        while chunk := list(itertools.islice(files, batch_size)):
-            images = np.zeros((batch_size, *shape), np.uint8)
-            read_files = list(threads.map(read, chunk))
-            for image, content in zip(images, read_files, strict=False):
-                if isinstance(content, np.ndarray):
-                    image[:] = content
-            computed = jax.nn.softmax(logits(images))
+        for batch in batches:
+            computed = softmax(logits(batch.images))
             if waiting is not None:
                 yield from _predictions(*waiting, run.class_names, top)
-            waiting = chunk, read_files, computed
+            waiting = batch, computed
         if waiting is not None:
             yield from _predictions(*waiting, run.class_names, top)
 
 
 def _predictions(
-    paths: list[Path],
-    contents: list[np.ndarray | UserError],
-    computed: jax.Array,
-    class_names: tuple[str, ...],
-    top: int,
+    batch: FileBatch, computed: jax.Array, class_names: tuple[str, ...], top: int
 ) -> Iterator[Prediction]:
-    for path, content, row in zip(paths, contents, np.asarray(computed), strict=False):
-        if isinstance(content, UserError):
-            yield Prediction(path, error=str(content))
+    rows = np.asarray(computed)
+    for path, error, row in zip(batch.paths, batch.errors, rows, strict=False):
+        if error is not None:
+            yield Prediction(path, error=error)
             continue
         yield Prediction(path, most_probable(row, class_names, top))
 

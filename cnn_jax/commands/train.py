@@ -1,6 +1,7 @@
 """Training: from a configuration to a model, its curves and a checkpoint that resumes exactly."""
 
 import contextlib
+import dataclasses
 import json
 import math
 import time
@@ -237,7 +238,7 @@ class _Training:
                 "data": fingerprint(
                     self.train_source, batch_size=plan.config.batch_size, seed=plan.config.seed
                 ),
-                "class_names": list(self.train_source.info.class_names),
+                "dataset": dataclasses.asdict(self.train_source.info),
             }
             distributed.agree("data", lambda: self.record["data"])
             wait = _compile_together(plan, compiled)

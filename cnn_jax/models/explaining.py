@@ -1,4 +1,4 @@
-"""What a network looks at: the outputs of its modules, and class activation maps of them.
+"""What a network looks at: the outputs of its modules, what they see and where evidence lies.
 
 For any linen module called as `model(images, train=False)`.
 """
@@ -13,7 +13,8 @@ from jaxtyping import Float, Int
 
 from cnn_jax.typing import Array, FeatureMap, Images
 
-METHODS = ("grad_cam", "grad_cam++")
+METHODS = {"grad_cam": "Grad-CAM", "grad_cam++": "Grad-CAM++"}
+"""Of class activation maps, with their names in print."""
 
 Maps = Float[Array, "b _ _"]
 
@@ -38,6 +39,24 @@ def feature_maps(
     with nn.intercept_methods(keep):
         model.apply(variables, images, train=False)
     return found
+
+
+def effective_receptive_field(
+    model: nn.Module, variables: Mapping[str, Any], images: Images, *, layer: str
+) -> Maps:
+    """Returns how strongly each pixel [b, h, w] of an image moves the middle of a feature map.
+
+    `mean_c |d sum_k A_k[i, j] / d x_c|` of the layer's channels `A_k` and the image's `x_c`, with
+    (i, j) = (height // 2, width // 2) of the feature map (Luo et al. 2016, arXiv:1701.04128).
+    `layer` is the path of a module as in `feature_maps`; ValueError where there is no such.
+    """
+    _refuse_unknown(layer, feature_shapes(model, variables, images))
+
+    def middle(images: Images) -> jax.Array:
+        maps = feature_maps(model, variables, images)[layer]
+        return jnp.sum(maps[:, maps.shape[1] // 2, maps.shape[2] // 2])
+
+    return jnp.mean(jnp.abs(jax.grad(middle)(images)), axis=-1)
 
 
 def class_activation_map(
@@ -68,10 +87,9 @@ def class_activation_map(
     """
     if method not in METHODS:
         raise ValueError(f"method={method!r}: must be one of {', '.join(map(repr, METHODS))}")
-    shapes = _abstract_maps(model, variables, images)
-    layer = _last(shapes) if layer is None else layer
-    if layer not in shapes:
-        raise ValueError(f"layer={layer!r}: must be one of {', '.join(map(repr, shapes))}")
+    shapes = feature_shapes(model, variables, images)
+    layer = last_stage(shapes) if layer is None else layer
+    _refuse_unknown(layer, shapes)
 
     def logits_of_classes(change: Any) -> tuple[jax.Array, FeatureMap]:
         seen = []
@@ -94,9 +112,15 @@ def class_activation_map(
     return jax.nn.relu(jnp.sum(weights * maps, axis=-1))
 
 
-def _abstract_maps(
+def _refuse_unknown(layer: str, shapes: Mapping[str, Any]) -> None:
+    if layer not in shapes:
+        raise ValueError(f"layer={layer!r}: must be one of {', '.join(map(repr, shapes))}")
+
+
+def feature_shapes(
     model: nn.Module, variables: Mapping[str, Any], images: Images
 ) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns the shapes of what `feature_maps` returns, in the same order."""
     order: list[str] = []
 
     def maps(images: Images) -> dict[str, FeatureMap]:
@@ -121,7 +145,11 @@ def _is_map(output: Any) -> bool:
     return isinstance(output, jax.Array) and output.ndim == 4
 
 
-def _last(shapes: Mapping[str, Any]) -> str:
+def last_stage(shapes: Mapping[str, Any]) -> str:
+    """Returns the path of the last outermost module with a feature map, of `feature_shapes`.
+
+    Raises ValueError where there is none.
+    """
     outermost = [path for path in shapes if "/" not in path]
     if not outermost:
         raise ValueError(

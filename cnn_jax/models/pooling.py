@@ -27,13 +27,23 @@ def max_pool(
     sides: Any = _sides(x, window, strides, padding, ceil_mode)
 
     def pool(x: Any) -> Any:
-        return nn.max_pool(x, pair(window), strides=pair(strides), padding=sides)
+        return _windows(x, -jnp.inf, jax.lax.max, pair(window), pair(strides), sides)
 
     def remembering(x: Any) -> Any:
         return _max_pool(x, pair(window), pair(strides), tuple(sides))
 
     # A TPU scatters quickly, and has to move what is shifted by a pixel.
     return jax.lax.platform_dependent(x, tpu=pool, default=remembering)
+
+
+def _windows(
+    x: Any, start: float, join: Callable[..., Any], window: Pair, strides: Pair, sides: Any
+) -> jax.Array:
+    """Returns what `nn.pool` does, which converters to ONNX replace by their own."""
+    around = (0, 0)
+    return jax.lax.reduce_window(
+        x, start, join, (1, *window, 1), (1, *strides, 1), (around, *sides, around)
+    )
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2, 3))
@@ -44,8 +54,7 @@ def _max_pool(x: Array, window: Pair, strides: Pair, sides: tuple[Pair, Pair]) -
     window was the largest, a byte for each output, and adds up what each place of a window sends
     back.
     """
-    padding: Any = sides
-    return nn.max_pool(x, window, strides=strides, padding=padding)
+    return _windows(x, -jnp.inf, jax.lax.max, window, strides, sides)
 
 
 @_max_pool.defjvp
@@ -104,7 +113,7 @@ def average_pool(
     sides = _sides(x, window, strides, padding, ceil_mode)
 
     def sums(values: Array, padding: Any) -> jax.Array:
-        return nn.pool(values, 0.0, jax.lax.add, pair(window), pair(strides), padding)
+        return _windows(values, 0.0, jax.lax.add, pair(window), pair(strides), padding)
 
     pixels, padded = jnp.ones((1, *x.shape[1:3], 1), x.dtype), sides
     if count_include_pad:

@@ -1,6 +1,7 @@
 """What was learned, as pictures: scores, filters, feature maps, evidence, curves of runs."""
 
 import contextlib
+import dataclasses
 import io
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -132,8 +133,47 @@ def draw_feature_maps(path: Path, maps: Mapping[str, np.ndarray]) -> None:
                 axes.axis("off")
 
 
-def draw_evidence(path: Path, image: np.ndarray, evidence: np.ndarray, caption: str) -> None:
-    """Draws uint8 pixels, and over them where the evidence [h, w] for a class lies."""
+@dataclasses.dataclass(frozen=True)
+class Field:
+    """What the middle of a feature map sees of an image.
+
+    Attributes:
+      title: what to write over it.
+      box: top, left, height and width in pixels, perhaps beyond the image; None if not known.
+      strength: how much each pixel counts, [h, w].
+    """
+
+    title: str
+    box: tuple[float, float, float, float] | None
+    strength: np.ndarray
+
+
+def draw_receptive_fields(path: Path, image: np.ndarray, fields: Sequence[Field]) -> None:
+    """Draws uint8 pixels with the box of each field, and below how much the pixels in it count."""
+    from matplotlib.patches import Rectangle
+
+    height, width = image.shape[:2]
+    with picture(path, max(2.3 * len(fields), 5), 5.6) as figure:
+        figure.suptitle("What the middle of each feature map sees; below, how it weighs the pixels")
+        columns = figure.subplots(2, len(fields), squeeze=False).T
+        for (above, below), field in zip(columns, fields, strict=True):
+            above.set_title(field.title, fontsize=8)
+            show(above, image)
+            show(below, field.strength, cmap="inferno", vmin=0)
+            if field.box is None:
+                continue
+            top, left, rows, across = field.box
+            for axes in (above, below):
+                corner = (left - 0.5, top - 0.5)
+                axes.add_patch(Rectangle(corner, across, rows, fill=False, ec="#ee7733", lw=2))
+                axes.set_xlim(min(left, 0) - 1, max(left + across, width))
+                axes.set_ylim(max(top + rows, height), min(top, 0) - 1)
+
+
+def draw_evidence(
+    path: Path, image: np.ndarray, evidence: np.ndarray, caption: str, method: str
+) -> None:
+    """Draws uint8 pixels, and over them where a method has the evidence [h, w] for a class."""
     height, width = image.shape[:2]
     with picture(path, 8.5, 4.2) as figure:
         figure.suptitle(caption)
@@ -143,7 +183,7 @@ def draw_evidence(path: Path, image: np.ndarray, evidence: np.ndarray, caption: 
         whole = (-0.5, width - 0.5, height - 0.5, -0.5)
         smooth = {"interpolation": "bilinear", "extent": whole, "alpha": 0.55}
         drawn = right.imshow(evidence, cmap="inferno", vmin=0, **smooth)
-        figure.colorbar(drawn, label="Grad-CAM", shrink=0.8)
+        figure.colorbar(drawn, label=method, shrink=0.8)
 
 
 def smoothed(values: Sequence[float], weight: float) -> np.ndarray:

@@ -70,13 +70,15 @@ def write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
         raise UserError(f"cannot write {path}: {error.strerror}") from error
 
 
-def read_directory(directory: Path) -> tuple[dict[str, Any], Mapping[str, Any]]:
+def read_directory(
+    directory: Path, *, averaged: bool = False
+) -> tuple[dict[str, Any], Mapping[str, Any]]:
     """Returns the variables and the record of a directory of weights, or of a run's checkpoint.
 
     In the directory of a run it is the newest good checkpoint. Running statistics that each device
-    had of its own are pooled.
+    had of its own are pooled. With `averaged` the variables are the moving averages of a run.
 
-    Raises UserError where there is none, or it is damaged.
+    Raises UserError where there is none, or it is damaged, or has no averages.
     """
     quieten_orbax()
     prepare_for(directory)
@@ -88,7 +90,12 @@ def read_directory(directory: Path) -> tuple[dict[str, Any], Mapping[str, Any]]:
         state = reader.restore(checkpoint / "state", restore_args=as_numpy)
     with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
         record = reader.restore(checkpoint / "record")
-    variables = {name: state[name] for name in COLLECTIONS if name in state}
+    if averaged and "ema" not in state:
+        raise UserError(
+            f"{checkpoint} has no averaged weights: a run keeps them with ema.decay above 0"
+        )
+    values = state["ema"] if averaged else state
+    variables = {name: values[name] for name in COLLECTIONS if name in values}
     if "batch_stats" in variables:
         variables["batch_stats"] = pool_statistics(variables["batch_stats"])
     return variables, record

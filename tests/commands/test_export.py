@@ -1,5 +1,6 @@
 """`export`: a file that JAX alone runs, with the numbers of the run."""
 
+import importlib.util
 import json
 import os
 import re
@@ -22,7 +23,7 @@ from cnn_jax.trained import open_run
 SIZES = (1, 7, 64)
 
 USING = (Path(__file__).parents[2] / "docs" / "using.md").read_text()
-(LOAD,) = re.findall(r"```py\n(.*?)```", USING, re.DOTALL)
+LOAD, LOAD_ONNX = re.findall(r"```py\n(.*?)```", USING, re.DOTALL)
 
 IN_A_PROCESS = f"""
 import os, sys
@@ -87,6 +88,57 @@ def test_a_process_without_this_package_has_the_same_probabilities(
         np.testing.assert_allclose(found[str(size)], expected[:size], rtol=0, atol=1e-5)
 
 
+OF_ONNX_IN_A_PROCESS = f"""
+import os, sys
+
+sys.meta_path = [finder for finder in sys.meta_path if "editable" not in repr(finder)]
+sys.path = [entry for entry in sys.path if not os.path.isdir(os.path.join(entry, "cnn_jax"))]
+{LOAD_ONNX}
+images = np.load("images.npy")
+run = lambda images: session.run(["probabilities"], dict(images=images))[0]
+np.savez("found.npz", **{{str(size): run(images[:size]) for size in {SIZES}}})
+assert not {{"cnn_jax", "flax", "jax"}} & sys.modules.keys()
+print(json.dumps(about["class_names"]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not all(importlib.util.find_spec(name) for name in ("jax2onnx", "onnxruntime")),
+    reason='needs pip install jax2onnx onnxruntime "orbax-checkpoint>=0.12.8"',
+)
+def test_onnxruntime_alone_has_the_same_probabilities(reference, images, tmp_path):
+    environment = os.environ | {
+        "JAX_NUM_CPU_DEVICES": "1",
+        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+    }
+
+    def python(*arguments):
+        result = subprocess.run(
+            [sys.executable, *arguments],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+
+    # of its own: the converter changes flax and jax while it works
+    flags = (f"--workdir={reference}", "--format=onnx", "--to=clothes.onnx")
+    assert "of the run's in onnxruntime" in python("-m", "cnn_jax", "export", *flags)
+    np.save(tmp_path / "images.npy", images)
+    output = python("-c", OF_ONNX_IN_A_PROCESS)
+    run = open_run(reference)
+    assert tuple(json.loads(output.splitlines()[-1])) == run.class_names
+    expected = expected_probabilities(run, images)
+    found = np.load(tmp_path / "found.npz")
+    for size in SIZES:
+        np.testing.assert_allclose(found[str(size)], expected[:size], rtol=0, atol=1e-5)
+
+
 def test_one_program_for_three_platforms_without_batch_norms(reference, artefact):
     with zipfile.ZipFile(artefact) as file:
         assert file.namelist() == ["model.json", "model.stablehlo"]
@@ -123,7 +175,7 @@ def test_mistakes_have_one_message(reference, artefact, tmp_path, capsys, monkey
     assert "is already there; name another file" in refused(run, f"--to={artefact}")
     assert "there is no directory" in refused(run, f"--to={tmp_path / 'no' / 'new.zip'}")
     assert "required: --to" in refused(run)
-    assert "invalid choice: 'onnx'" in refused(run, to, "--format=onnx")
+    assert "invalid choice: 'savedmodel'" in refused(run, to, "--format=savedmodel")
     assert "the run has its configuration" in refused(run, to, "--config.batch_size=3")
     with pytest.raises(UserError, match="exists already and is left as it is"):
         export(reference, artefact)
@@ -134,6 +186,11 @@ def test_mistakes_have_one_message(reference, artefact, tmp_path, capsys, monkey
     monkeypatch.setitem(sys.modules, "flatbuffers", None)
     assert main(["export", run, to]) == 1
     assert capsys.readouterr().err == (
-        "export: jax.export needs flatbuffers; install it: pip install flatbuffers\n"
+        "export: stablehlo needs flatbuffers; install it: pip install flatbuffers\n"
     )
+    monkeypatch.setitem(sys.modules, "jax2onnx", None)
+    assert main(["export", run, to, "--format=onnx"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("export: onnx needs jax2onnx")
+    assert error.endswith('pip install jax2onnx onnxruntime "orbax-checkpoint>=0.12.8"\n')
     assert list(tmp_path.iterdir()) == []

@@ -141,6 +141,11 @@ USAGE = {
         ["--workdir", str(ROOT), "--class=Bag"],
         "--class: only with --image",
     ),
+    "a method without an image": (
+        ["--workdir", str(ROOT), "--method=grad_cam"],
+        "--method: only with --image",
+    ),
+    "averages of no run": (["--model=resnet50", "--ema"], "--ema: only with --workdir"),
     "no size": (
         ["--model=resnet50", "--image-size=12x"],
         "argument --image-size: '12x': must be pixels >= 1, such as 224 or HEIGHTxWIDTH, such as "

@@ -184,14 +184,19 @@ def test_inspect_draws_what_was_learned(
         drawn[path.name] = arrays
         draw(path, *arrays)
 
-    for draw in (command.draw_filters, command.draw_feature_maps, command.draw_evidence):
+    for draw in (
+        command.draw_filters,
+        command.draw_feature_maps,
+        command.draw_receptive_fields,
+        command.draw_evidence,
+    ):
         monkeypatch.setattr(command, draw.__name__, functools.partial(watch, draw))
     flags = (f"--workdir={reference}", f"--pictures={tmp_path / 'new' / 'pictures'}")
     code, output, error = use("inspect", *flags, f"--image={photos / '2.png'}", "--class=Bag")
     assert (code, error) == (0, "")
     assert "stage1_block1" in output
     assert output.endswith(f"drawn in {tmp_path}/new/pictures\n")
-    for name in ("filters", "stages", "evidence"):
+    for name in ("filters", "stages", "receptive_fields", "evidence"):
         with Image.open(tmp_path / "new" / "pictures" / f"{name}.png") as picture:
             assert min(picture.size) > 200
 
@@ -204,7 +209,8 @@ def test_inspect_draws_what_was_learned(
     logits = stages["stage 1"].mean((0, 1)) @ head["kernel"] + head["bias"]
     exponents = np.exp(np.float64(logits))
     np.testing.assert_allclose(exponents / exponents.sum(), probabilities[2], atol=1e-6)
-    pixels, evidence, caption = drawn["evidence.png"]
+    pixels, evidence, caption, method = drawn["evidence.png"]
+    assert method == "Grad-CAM"
     np.testing.assert_array_equal(pixels, test_set["image"][2])
     bag = run.class_names.index("Bag")
     # behind a mean over the pixels and one dense layer, the gradient is the layer's weights
@@ -212,9 +218,66 @@ def test_inspect_draws_what_was_learned(
     np.testing.assert_allclose(evidence, np.maximum(stages["stage 1"] @ weights, 0), atol=1e-7)
     assert evidence.max() > 1e-5
     assert caption.startswith(f"Bag ({probabilities[2, bag]:.1%}); predicted: ")
+    pixels, (field,) = drawn["receptive_fields.png"]
+    assert field.title == "stage1_block1\nstride 2 x 2\nfield 11 x 11"
+    assert field.box == (9, 9, 11, 11)  # about pixel 14, which the stem strides to
+    seen = np.argwhere(field.strength)
+    assert (seen.min(axis=0).tolist(), seen.max(axis=0).tolist()) == ([9, 9], [19, 19])
+
+    arguments = (f"--image={photos / '2.png'}", "--class=Bag", "--method=grad_cam++")
+    assert use("inspect", *flags, *arguments)[0] == 0
+    _, evidence, _, method = drawn["evidence.png"]
+    assert method == "Grad-CAM++"
+    assert evidence.shape == (14, 14)
 
     code, _, error = use("inspect", *flags, f"--image={photos / '2.png'}", "--class=Bags")
     assert code == 1
     assert error == "class 'Bags': is not one of the run's classes (did you mean 'Bag'?)\n"
     code, _, error = use("inspect", *flags, f"--image={photos / 'none.png'}")
     assert (code, error) == (1, f"{photos}/none.png: there is no such file\n")
+
+
+def test_features_of_a_split_are_the_models_own(use, reference, test_set, tmp_path):
+    path = tmp_path / "features.npz"
+    layers = ("--layer=stage1_block1", "--layer=stem/conv", "--pool=none")
+    flags = (f"--workdir={reference}", f"--to={path}", "--split=test[:70]", *layers)
+    code, output, error = use("features", *flags)
+    assert (code, error) == (0, "")
+    assert "  stage1_block1  70 x 14 x 14 x 4  float32\n" in output
+    run, found = open_run(reference), np.load(path)
+    pixels = (test_set["image"][:70].astype(np.float32) / 255 - 0.2860) / 0.3530
+    _, kept = run.model.apply(
+        run.variables, pixels, train=False, capture_intermediates=True, mutable="intermediates"
+    )
+    kept = kept["intermediates"]
+    stage, stem = kept["stage1_block1"], kept["stem"]["conv"]
+    np.testing.assert_allclose(found["stage1_block1"], stage["__call__"][0], atol=1e-5)
+    np.testing.assert_allclose(found["stem/conv"], stem["__call__"][0], atol=1e-5)
+    np.testing.assert_array_equal(found["label"], test_set["label"][:70])
+    assert tuple(found["class_names"]) == run.class_names
+
+
+def test_features_of_files_have_their_names(use, reference, photos, test_set, tmp_path):
+    path = tmp_path / "features.npz"
+    run, batch = f"--workdir={reference}", "--batch-size=2"
+    code, _, error = use("features", run, f"--to={path}", batch, photos)
+    assert code == 0
+    assert error.startswith(f"{photos}/3.png: cannot be read: ")
+    found, good = np.load(path), [0, 1, 2, 4, 5, 6]
+    assert found["path"].tolist() == [f"{photos}/{number}.png" for number in good]
+    whole = tmp_path / "whole.npz"
+    assert use("features", run, f"--to={whole}", "--pool=none", "--split=test[:7]")[0] == 0
+    maps = np.load(whole)["stage1_block1"]
+    means = np.float64(maps[good]).mean((1, 2))
+    np.testing.assert_allclose(found["stage1_block1"], means, atol=1e-6)
+
+    assert "is already there" in use("features", run, f"--to={path}", photos)[2]
+    other = f"--to={tmp_path / 'other.npz'}"
+    code, _, error = use("features", run, other, "--layer=stage1_blok1")
+    assert code == 1
+    assert error.startswith("layer 'stage1_blok1': the network has none with a feature map of that")
+    assert "(did you mean 'stage1_block1'?)" in error
+    assert "--split: only without PATH" in use("features", run, other, "--split=test", photos)[2]
+    code, _, error = use("features", run, other, photos / "3.png")
+    assert (code, error.splitlines()[1]) == (1, "features: there is no image that can be read")
+    assert not (tmp_path / "other.npz").exists()

@@ -345,5 +345,5 @@ def test_configuration_finds_the_facts(folder):
     values["data"]["source_dir"] = str(folder)
     config = parse(values, num_devices=8)
     assert config.data.dataset().image_shape == (64, 64, 3)
-    assert make_model(config).num_classes == 3
+    assert make_model(config, config.data.dataset()).num_classes == 3
     assert json.loads(json.dumps(config.as_dict())) == config.as_dict()

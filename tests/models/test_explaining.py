@@ -7,7 +7,12 @@ import numpy as np
 import pytest
 
 from cnn_jax import create_model
-from cnn_jax.models.explaining import class_activation_map, feature_maps
+from cnn_jax.models.explaining import (
+    class_activation_map,
+    effective_receptive_field,
+    feature_maps,
+)
+from cnn_jax.models.geometry import grouped, layers
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +93,43 @@ def test_the_evidence_lies_on_the_patch_that_decides(row, column, method):
     assert float(found[~around].max()) == 0
     against = class_activation_map(Brightest(), variables, images, np.array([0]), method=method)
     assert float(against.max()) == 0
+
+
+class Kernels(nn.Module):
+    """Two convolutions without anything between, so that what is seen is their convolution."""
+
+    @nn.compact
+    def __call__(self, images, *, train: bool):
+        x = nn.Conv(2, (3, 3), padding=1, use_bias=False, name="a")(images)
+        return nn.Conv(3, (5, 5), strides=2, padding=2, use_bias=False, name="b")(x)
+
+
+def test_what_the_middle_sees_is_the_product_of_the_kernels():
+    images = jax.random.normal(jax.random.key(0), (2, 17, 17, 1))
+    variables = Kernels().init(jax.random.key(1), images, train=False)
+    found = effective_receptive_field(Kernels(), variables, images, layer="b")
+    a, b = (np.asarray(variables["params"][name]["kernel"], np.float64) for name in "ab")
+    expected = np.zeros((17, 17))
+    for y, x in np.ndindex(5, 5):  # the middle of 9 x 9 is about pixel 8 of 17 x 17
+        for dy, dx in np.ndindex(3, 3):
+            paths = a[dy, dx, 0, :, None] * b[y, x]
+            expected[8 - 2 + y - 1 + dy, 8 - 2 + x - 1 + dx] += paths.sum()
+    np.testing.assert_allclose(found, [np.abs(expected)] * 2, rtol=1e-4, atol=1e-6)
+    with pytest.raises(ValueError, match="layer='c': must be one of 'a', 'b'"):
+        effective_receptive_field(Kernels(), variables, images, layer="c")
+
+
+def test_what_the_middle_sees_is_the_theoretical_field(network):
+    model, variables, _ = network
+    images = jax.random.normal(jax.random.key(2), (3, 48, 48, 3))
+    rows = {row.path: row for row in grouped(layers(model, (48, 48, 3)), depth=1)}
+    for name in ("stem", "stage1_block1", "stage2_block1"):
+        row = rows[name]
+        found = effective_receptive_field(model, variables, images, layer=name)
+        seen = np.argwhere(np.asarray(found).max(axis=0))
+        assert (np.ptp(seen, axis=0) + 1).tolist() == list(row.receptive_field)
+        middle = row.centre[0] + row.strides[0] * (row.output[0] // 2)
+        assert seen.mean(axis=0) == pytest.approx([middle] * 2, abs=0.5)
 
 
 def test_feature_maps_are_named_and_equal_the_stages(network):

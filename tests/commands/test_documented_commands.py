@@ -1,0 +1,219 @@
+"""Every command in the documents: run, read by its own parser, or listed with a reason."""
+
+import io
+import re
+import shlex
+import shutil
+import subprocess
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cnn_jax.__main__ import _parser, main
+from cnn_jax.cli.config_files import parsed, split_overrides
+from cnn_jax.config import ConfigError
+
+ROOT = Path(__file__).parents[2]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/**/*.md"))]
+
+PYTHON = {"python", "py"}  # run by test_readme.py and, the one block of `py`, by test_export.py
+OF_THE_SITE = {"{toctree}", "{eval-rst}"}
+
+STARTS_A_COMMAND = re.compile(
+    r"(\w+=\S+ )*(python|python3|pip|pytest|ruff|pyright|cnn-jax|bash|sh|git|cd|find|until|for"
+    r"|while|docker|kubectl|gcloud|gsutil|aws|sbatch|srun|mpirun|curl|wget|tar|apt-get|export) "
+)
+
+NOT_RUN = {
+    "git clone REPOSITORY cnn_jax": "needs the network",
+    "cd cnn_jax": "into what was cloned",
+    "python -m venv .venv": "an environment",
+    ". .venv/bin/activate": "an environment",
+    "[ $code -eq 0 ]": "a condition of the loop in docs/faults.md, whose syntax is checked",
+    "pytest": "the tests themselves",
+    "pytest -m not slow": "the tests themselves",
+    "pytest tests/models": "the tests themselves",
+    "ruff check .": "CI's own step",
+    "ruff format .": "CI's own step",
+    "pyright": "CI's own step",
+    "python -m sphinx -W --keep-going -b html docs build/docs": "CI's own step",
+    "python -c import jax; print(jax.devices())": "nothing of this package",
+    "find photos -name *.png": "the other end of its pipe is run below",
+}
+"""By their words, what is neither run here nor read by a parser of this package, and why."""
+
+EXPORT = ["export", "--workdir", "runs/quickstart"]
+
+MISTAKEN = {
+    "python train.py --config configs/quickstart.py --config.optimizer.learning_rate=-1 "
+    "--config.model.widht=3 --config.batch_size 1e3 --config.data.name=fashion",
+    "python train.py --config configs/quickstart.py --config.optimizer.learning_rate=-1 --dry-run",
+}
+"""Commands that show a mistake in a configuration."""
+
+PLACEHOLDERS = {"FILE": "configs/quickstart.py", "runs/NAME": "runs/quickstart"}
+
+
+def blocks() -> Iterator[tuple[Path, str, str]]:
+    """Document, language and text of every fenced block."""
+    for path in DOCUMENTS:
+        for language, text in re.findall(
+            r"^```(\S*)[^\n]*\n(.*?)^```", path.read_text(), re.MULTILINE | re.DOTALL
+        ):
+            yield path, language, text
+
+
+def logical_lines(text: str) -> list[str]:
+    return re.sub(r"\\\n\s*", "", text).splitlines()
+
+
+def scripts() -> Iterator[tuple[Path, str]]:
+    """What is typed in each block of commands: all of it, or what stands behind its `$`."""
+    for path, language, text in blocks():
+        lines = logical_lines(text)
+        typed = [line.removeprefix("$ ") for line in lines if line.startswith("$ ")]
+        if not language and (typed or any(map(STARTS_A_COMMAND.match, lines))):
+            yield path, "\n".join(typed or lines)
+
+
+def simple_commands(script: str) -> Iterator[list[str]]:
+    """The words of each command, without what joins commands and without redirections."""
+    keywords = {"until", "while", "do", "done", "if", "then", "fi"}
+    for line in script.splitlines():
+        if re.match(r"\s*(case|\S*\)|esac|done)\b", line):
+            continue
+        lexer = shlex.shlex(line, posix=True, punctuation_chars="&|;")
+        lexer.whitespace_split = True
+        words: list[str] = []
+        for token in [*lexer, ";"]:
+            if token and set(token) <= set("&|;"):
+                if words:
+                    yield words
+                words = []
+            elif words or (token not in keywords and not re.fullmatch(r"\w+=\S*", token)):
+                words.append(token)
+
+
+COMMANDS = [
+    pytest.param(words, id=f"{path.stem}: {shlex.join(words)}")
+    for path, script in scripts()
+    for words in simple_commands(script)
+]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A directory in which what the documents name is there."""
+    place = tmp_path_factory.mktemp("place")
+    for name in ("configs", "train.py", "benchmarks"):
+        (place / name).symlink_to(ROOT / name)
+    for name in ("runs/quickstart", "runs/wide", "photos", "more", "DIR/train/a", "DIR/train/b"):
+        (place / name).mkdir(parents=True)
+    shutil.copytree(place / "DIR" / "train", place / "DIR" / "validation")
+    pixels = np.random.default_rng(0).integers(0, 256, (30, 40, 3), np.uint8)
+    for name in ("shoe.png", "photos/a.png", "more/b.jpg"):
+        Image.fromarray(pixels).save(place / name)
+    for number in range(128):
+        for split, label in (("train", "a"), ("train", "b"), ("validation", "a")):
+            Image.fromarray(pixels[:2, :2]).save(place / "DIR" / split / label / f"{number}.png")
+    Image.fromarray(pixels[:2, :2]).save(place / "DIR" / "validation" / "b" / "0.png")
+    return place
+
+
+def test_every_block_is_of_a_kind_that_is_checked():
+    assert {language for _, language, _ in blocks()} <= {"", *PYTHON, *OF_THE_SITE}
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.stem)
+def test_a_shell_reads_every_block_of_commands(path):
+    for other, script in scripts():
+        if other == path:
+            result = subprocess.run(["bash", "-n"], input=script, text=True, capture_output=True)
+            assert (result.returncode, result.stderr) == (0, ""), script
+
+
+@pytest.mark.parametrize("words", COMMANDS)
+def test_every_command_is_known(words, place, monkeypatch):
+    text = " ".join(words)
+    if text in NOT_RUN:
+        return
+    monkeypatch.chdir(place)
+    words = [PLACEHOLDERS.get(word, word) for word in words]
+    if words[:2] == ["pip", "install"]:
+        check_install(words[2:])
+    elif words[:2] == ["python", "train.py"]:
+        check_command(["train", *words[2:]], mistaken=text in MISTAKEN)
+    elif words[:3] == ["python", "-m", "cnn_jax"]:
+        check_command(words[3:])
+    elif words[0] == "python" and words[1].startswith("benchmarks/"):
+        check_script(words[1], words[2:])
+    else:
+        pytest.fail(f"{text!r}: run it here, or list it in NOT_RUN with the reason")
+
+
+def check_install(words: list[str]) -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    known = extras["optional-dependencies"]
+    assert words[:1] == ["-e"]
+    for extra in filter(None, re.sub(r"^\.\[?|\]$", "", words[1]).split(",")):
+        assert extra in known
+
+
+def check_command(arguments: list[str], *, mistaken: bool = False) -> None:
+    """The command's own parser takes the arguments, and the configuration is a good one."""
+    flags, overrides = split_overrides(arguments)
+    options, unknown = _parser().parse_known_args(flags)
+    assert not unknown
+    if getattr(options, "config", None) is None:
+        return
+    if mistaken:
+        with pytest.raises(ConfigError):
+            parsed(options.config, overrides)
+    else:
+        parsed(options.config, overrides)
+
+
+def check_script(path: str, arguments: list[str]) -> None:
+    source = (ROOT / path).read_text()
+    for flag in (word.partition("=")[0] for word in arguments if word.startswith("--")):
+        assert f'"{flag}"' in source
+
+
+@pytest.mark.slow
+def test_the_commands_that_use_a_run_run(place, reference, monkeypatch, capsys):
+    shutil.rmtree(place / "runs" / "quickstart")
+    shutil.copytree(reference, place / "runs" / "quickstart")
+    shutil.copyfile(reference / "metrics.jsonl", place / "runs" / "wide" / "metrics.jsonl")
+    monkeypatch.chdir(place)
+    monkeypatch.setattr("sys.stdin", io.StringIO("photos/a.png\n"))
+    (document,) = (path for path in DOCUMENTS if path.name == "using.md")
+    commands = [
+        words[3:]
+        for path, script in scripts()
+        for words in simple_commands(script)
+        if path == document and words[:3] == ["python", "-m", "cnn_jax"]
+    ]
+    assert len(commands) >= 8
+    commands.remove([*EXPORT, "--format", "onnx", "--to", "clothes.onnx"])  # see test_export.py
+    for arguments in commands:
+        assert main(arguments) == 0, (arguments, capsys.readouterr())
+    assert {path.name for path in (place / "pictures").glob("*.png")} >= {
+        "confusion.png",
+        "evidence.png",
+        "receptive_fields.png",
+    }
+
+
+def test_a_command_that_nobody_has_listed_fails(place, monkeypatch):
+    (words,) = simple_commands("python tools/new.py --fast  # a comment")
+    with pytest.raises(pytest.fail.Exception, match=r"'python tools/new\.py --fast': run it here"):
+        test_every_command_is_known(words, place, monkeypatch)
+    (words,) = simple_commands(
+        "JAX_PLATFORMS=cpu python -m cnn_jax evaluate --workdir runs/wide --x"
+    )
+    with pytest.raises(AssertionError):
+        test_every_command_is_known(words, place, monkeypatch)

@@ -6,11 +6,9 @@ padding, bfloat16 computation of float32 parameters, cross entropy with one-hot 
 of the kernels, Nesterov momentum, a warm-up and a cosine, the metrics loss and accuracy.
 """
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
-import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -18,50 +16,14 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from cnn_jax.benchmarking.linen_resnet import PlainResNet
+
 IMAGE_SHAPE = (224, 224, 3)
 NUM_CLASSES = 1000
 MEAN = (0.5, 0.5, 0.5)
 STD = (0.25, 0.25, 0.25)
 WEIGHT_DECAY = 5e-4
 WARMUP_STEPS, TOTAL_STEPS = 250, 5004
-
-
-class Bottleneck(nn.Module):
-    """1x1, 3x3 and 1x1 convolutions, and a shortcut; the stride is on the 3x3."""
-
-    features: int
-    strides: int
-    conv: Any
-    norm: Any
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        y = nn.relu(self.norm()(self.conv(self.features, (1, 1))(x)))
-        y = nn.relu(self.norm()(self.conv(self.features, (3, 3), self.strides)(y)))
-        y = self.norm(scale_init=nn.initializers.zeros)(self.conv(4 * self.features, (1, 1))(y))
-        if x.shape != y.shape:
-            x = self.norm()(self.conv(4 * self.features, (1, 1), self.strides)(x))
-        return nn.relu(x + y)
-
-
-class PlainResNet50(nn.Module):
-    """Returns logits [b, NUM_CLASSES] of normalised images."""
-
-    dtype: Any = jnp.bfloat16
-
-    @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        conv = functools.partial(nn.Conv, padding="SAME", use_bias=False, dtype=self.dtype)
-        norm = functools.partial(
-            nn.BatchNorm, use_running_average=not train, momentum=0.9, dtype=self.dtype
-        )
-        x = nn.relu(norm()(conv(64, (7, 7), (2, 2))(x)))
-        x = nn.max_pool(x, (3, 3), strides=(2, 2), padding="SAME")
-        for stage, blocks in enumerate((3, 4, 6, 3)):
-            for block in range(blocks):
-                strides = 2 if stage > 0 and block == 0 else 1
-                x = Bottleneck(64 * 2**stage, strides, conv, norm)(x)
-        return nn.Dense(NUM_CLASSES, dtype=self.dtype)(jnp.mean(x, axis=(1, 2)))
 
 
 @flax.struct.dataclass
@@ -95,7 +57,7 @@ def train_step(state: State, batch: dict[str, jax.Array]) -> tuple[State, dict[s
 
     def loss_of(params: Any) -> tuple[jax.Array, Any]:
         variables = {"params": params, "batch_stats": state.batch_stats}
-        logits, updated = PlainResNet50().apply(
+        logits, updated = PlainResNet().apply(
             variables, images, train=True, mutable=["batch_stats"]
         )
         losses = optax.softmax_cross_entropy(logits, jax.nn.one_hot(labels, NUM_CLASSES))
@@ -113,7 +75,7 @@ def abstract_state() -> State:
 
     def make() -> State:
         images = jnp.zeros((1, *IMAGE_SHAPE), jnp.bfloat16)
-        variables = PlainResNet50().init(jax.random.key(0), images, train=False)
+        variables = PlainResNet().init(jax.random.key(0), images, train=False)
         params = variables["params"]
         opt_state = optimizer().init(params)
         return State(jnp.zeros((), jnp.int32), params, variables["batch_stats"], opt_state)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from cnn_jax import __version__
+from cnn_jax.cli import bench as bench_
 from cnn_jax.cli import compile as compile_
 from cnn_jax.cli import convert as convert_
 from cnn_jax.cli import data as data_
@@ -39,6 +40,7 @@ COMMANDS = (
     convert_,
     compile_,
     data_,
+    bench_,
 )
 """In the order of the help: each has `add`, for its flags, and `run`."""
 

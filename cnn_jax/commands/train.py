@@ -21,6 +21,7 @@ from cnn_jax.config import Config, completed, differences
 from cnn_jax.data.bad_records import SkipBadRecords, open_without_bad_records
 from cnn_jax.data.pipeline import BatchIterator, train_batches
 from cnn_jax.data.sources import Source, fingerprint, open_source
+from cnn_jax.data.stages import COPYING, Stages, limit
 from cnn_jax.errors import UserError
 from cnn_jax.plan import Plan, make_plan, source_options
 from cnn_jax.runtime import distributed, executables
@@ -221,6 +222,7 @@ class _Training:
         self.watchdog = watchdog
         self.clock = clock
         self.compilations = CompilationCounter()
+        self.stages = Stages()
         self.window: list[tuple[int, Metrics]] = []
         self.window_start = 0.0
         self.skipped = read_skipped(directory)
@@ -231,8 +233,8 @@ class _Training:
         with self.clock.measure("starting"):
             # The data come first: while tensorflow_datasets is imported it replaces Python's import
             # for the whole process, and a compiler that imports in another thread would fail.
-            self.train_source = self._open(plan.config.data.train_split)
-            self.test_source = self._open(plan.config.data.test_split)
+            self.train_source = self._open(plan.config.data.train_split, self.stages)
+            self.test_source = self._open(plan.config.data.test_split, Stages())
             self.record = {
                 "config": plan.config.as_dict(),
                 "data": fingerprint(
@@ -248,6 +250,7 @@ class _Training:
             if self.step:
                 self._remember(checkpoints.record().get("faults", {}))
             (self.train_step, self.eval_step), self.clock.seconds["compiling"] = wait()
+            self.stages.clear()  # of what the fingerprint has read
         self.progress = Progress(plan.total_steps, first_step=self.step)
 
     def run(self) -> int:
@@ -270,8 +273,19 @@ class _Training:
             self._faults(),
             self.clock,
             self.compilations,
+            self._limit(),
         )
         return 0
+
+    def _limit(self) -> str:
+        """Returns the stage that limits the training, the step or one of the data's."""
+        seconds = self.clock.seconds
+        return limit(
+            self.stages.seconds(),
+            waiting=seconds["waiting for data"],
+            training=seconds["training"],
+            num_threads=self.plan.config.data.num_threads,
+        )
 
     def _stopped(self, interrupted: Interrupted) -> int:
         """Saves for a restart; returns the exit code."""
@@ -381,7 +395,9 @@ class _Training:
     def _fetch(self, batches: Iterator[dict[str, np.ndarray]], sharding: NamedSharding) -> Batch:
         """Returns the next batch, on the devices; its time counts while they have nothing to do."""
         start = time.perf_counter()
-        batch = to_devices(next(batches), sharding)
+        on_host = next(batches)
+        with self.stages.measure(COPYING):
+            batch = to_devices(on_host, sharding)
         last: Any = self.window[-1][1]["loss"] if self.window else None
         if last is None or last.is_ready():  # nothing is under way
             self.clock.seconds["waiting for data"] += time.perf_counter() - start
@@ -399,12 +415,14 @@ class _Training:
             process_count=jax.process_count(),
             num_threads=config.data.num_threads,
             prefetch=config.data.prefetch,
+            stages=self.stages,
         )
 
-    def _open(self, split: str) -> Source:
+    def _open(self, split: str, stages: Stages) -> Source:
         data = self.plan.config.data
         opened = open_without_bad_records if data.on_bad_record == "skip" else open_source
-        return opened(data.name, split, log=_say, **source_options(self.plan.config))
+        options = source_options(self.plan.config)
+        return opened(data.name, split, log=_say, stages=stages, **options)
 
     def _restore(self) -> TrainState:
         changes = differences(self.checkpoints.record()["data"], self.record["data"])
@@ -591,6 +609,7 @@ def _summarize(
     faults: Mapping[str, Any],
     clock: Clock | None,
     compilations: CompilationCounter | None = None,
+    limited_by: str = "",
 ) -> None:
     """Prints how the run ended and where things are; draws the curves. Safe to do again."""
     if not distributed.is_first():
@@ -606,6 +625,7 @@ def _summarize(
             "skipped_steps": [int(step) for step in faults.get("skipped_steps", {})],
             "bad_records": {name: len(bad) for name, bad in faults.get("bad_records", {}).items()},
             "seconds": seconds,
+            "limited_by": limited_by,
             "programs": compilations.as_dict() if compilations else {},
             "versions": versions(),
         }
@@ -626,7 +646,8 @@ def _summarize(
         _say(
             f"{duration(clock.total())} in all: starting {duration(seconds['starting'])} "
             f"(compiling {compiling}), training {duration(training)} "
-            f"(waiting for data {duration(waiting)}, {waiting / max(training, 1e-9):.1%}), "
+            f"(waiting for data {duration(waiting)}, {waiting / max(training, 1e-9):.1%}; "
+            f"{limited_by} limits), "
             f"evaluating {duration(seconds['evaluating'])}, saving {duration(seconds['saving'])}"
         )
     _say(

@@ -11,6 +11,7 @@ import numpy as np
 
 from cnn_jax.data.bad_records import SkipBadRecords
 from cnn_jax.data.sources import Source
+from cnn_jax.data.stages import BATCHING, Stages
 from cnn_jax.errors import UserError
 
 BatchIterator = Generator[dict[str, np.ndarray], None, None]
@@ -67,25 +68,41 @@ def train_batches(
     process_count: int = 1,
     num_threads: int = 2,
     prefetch: int = 4,
+    stages: Stages | None = None,
 ) -> BatchIterator:
     """Returns an iterator over this process's part of the batches of the steps.
 
     A batch is `image` uint8 [b h w c], `label`, `index` (the example's number in the source) and
     `epoch`, int32 [b], with b = batch_size / process_count; the parts of all processes, one after
-    the other, are the batch of one process.
+    the other, are the batch of one process. `stages` receives what making them takes.
 
     Raises:
       UserError: `batch_size` does not divide by `process_count`; while iterating, a damaged record.
     """
     part = _part(batch_size, process_index, process_count)
+    stages = stages or Stages()
 
     def make_batch(step: int) -> dict[str, np.ndarray]:
+        return train_batch(source, step, batch_size=batch_size, seed=seed, part=part, stages=stages)
+
+    return _iterate(make_batch, range(start_step, stop_step), num_threads, prefetch)
+
+
+def train_batch(
+    source: Source,
+    step: int,
+    *,
+    batch_size: int,
+    seed: int,
+    part: range | None = None,
+    stages: Stages,
+) -> dict[str, np.ndarray]:
+    """Returns the positions `part` of a step's batch, by default all, as in `train_batches`."""
+    with stages.measure(BATCHING):
         index, epoch = batch_indices(
             len(source), batch_size=batch_size, seed=seed, step=step, part=part
         )
         return {**source.batch(index, epoch), "index": index, "epoch": epoch}
-
-    return _iterate(make_batch, range(start_step, stop_step), num_threads, prefetch)
 
 
 def eval_batches(

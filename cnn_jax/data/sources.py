@@ -13,6 +13,7 @@ import numpy as np
 
 from cnn_jax.data.datasets import DatasetInfo, dataset_info, split_range
 from cnn_jax.data.found_images import EncodedImages
+from cnn_jax.data.stages import DECODING, READING, Stages
 from cnn_jax.errors import UserError
 
 OWN_BUILDERS = ("fashion_mnist", "fashion_mnist_10k")
@@ -51,6 +52,7 @@ def open_source(
     source_dir: str = "",
     memory_limit_mb: int = 1024,
     crops: "Crops | None" = None,
+    stages: Stages | None = None,
     log: Callable[[str], None] = print,
 ) -> Source:
     """Returns the examples of `split` of the data set `name`, prepared first if need be.
@@ -63,13 +65,14 @@ def open_source(
       memory_limit_mb: a split whose decoded images fit in this many MiB is read into memory once,
         if they are all of one size.
       crops: how images of many sizes become those of `Crops.image_size`, by default of 224 pixels.
+      stages: receives what reading and decoding take, of a source that does them when asked.
       log: receives one line when there is something to prepare.
 
     Raises:
       UserError: unknown name or split; the original files are missing or wrong; the data set
         cannot be written or is damaged.
     """
-    crops = crops or Crops()
+    crops, stages = crops or Crops(), stages or Stages()
     info = dataset_info(name, data_dir=data_dir, source_dir=source_dir, image_size=crops.image_size)
     split_name, examples = split_range(info, split)
     if name == "synthetic":
@@ -81,10 +84,11 @@ def open_source(
 
         opened = open_found(info, split, data_dir=data_dir, source_dir=source_dir)
         if not isinstance(opened, RecordSource):
-            return ImageSource(opened, crops)
+            return ImageSource(opened, crops, stages)
         records = opened
     if len(records) * math.prod(info.image_shape) <= memory_limit_mb * 2**20:
         return read_into_memory(records)
+    records.stages = stages
     return records
 
 
@@ -194,7 +198,7 @@ class Images:
 class ImageSource:
     """Encoded images, decoded and cropped when asked for."""
 
-    def __init__(self, images: Images, crops: Crops):
+    def __init__(self, images: Images, crops: Crops, stages: Stages):
         # Now rather than in a thread, where an import can meet tensorflow_datasets' own.
         from cnn_jax.data import images as decoding
 
@@ -202,6 +206,7 @@ class ImageSource:
         self.split = images.split
         self._images = images
         self._crops = crops
+        self._stages = stages
         self._decoding = decoding
 
     def __len__(self) -> int:
@@ -228,8 +233,10 @@ class ImageSource:
         for place, index in enumerate(numbers):
             box_of = self._box_of(index, None if epochs is None else int(epochs[place]))
             try:
-                data, labels[place] = self.read(index)
-                self._decoding.crop(data, box_of, images[place])
+                with self._stages.measure(READING):
+                    data, labels[place] = self.read(index)
+                with self._stages.measure(DECODING):
+                    self._decoding.crop(data, box_of, images[place])
             except (OSError, ValueError) as error:
                 raise UserError(
                     f"{self.name(index)}: {error} (example {index} of {self.split})"
@@ -262,6 +269,7 @@ class RecordSource:
         self._shards = shards
         self._ends = list(itertools.accumulate(shard.take for shard in shards))
         self._records = ArrayRecordDataSource(shards)
+        self.stages = Stages()
 
     def __len__(self) -> int:
         return self._ends[-1]
@@ -269,8 +277,10 @@ class RecordSource:
     def batch(self, indices: np.ndarray, epochs: np.ndarray | None = None) -> dict[str, np.ndarray]:
         del epochs
         try:
-            records = self._records.__getitems__(indices.tolist())
-            examples = [self._features.deserialize_example_np(record) for record in records]
+            with self.stages.measure(READING):
+                records = self._records.__getitems__(indices.tolist())
+            with self.stages.measure(DECODING):
+                examples = [self._features.deserialize_example_np(record) for record in records]
         except Exception:  # whichever way it failed, find the record
             examples = [self._example(int(index)) for index in indices]
         return {

@@ -143,5 +143,8 @@ def test_a_slow_source_is_waited_for(train_here, tmp_path, monkeypatch):
     monkeypatch.setattr(command, "open_source", SlowSource)
     code, output = train_here(tmp_path / "run", "--config.num_epochs=1")
     assert code == 0, output
-    seconds = json.loads((tmp_path / "run" / "summary.json").read_text())["seconds"]
-    assert seconds["waiting for data"] >= pause, "nothing is under way before the first batch"
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    waiting = summary["seconds"]["waiting for data"]
+    assert waiting >= pause, "nothing is under way before the first batch"
+    assert summary["limited_by"] == "batching"
+    assert "batching limits), evaluating" in output

@@ -23,11 +23,13 @@ import jax
 import jax.numpy as jnp
 
 from cnn_jax.data.datasets import NAMES, DatasetInfo, dataset_info, split_range
+from cnn_jax.data.holdout import Part
 from cnn_jax.errors import UserError, nearest
 from cnn_jax.models import MODELS, create_model, model_class
 from cnn_jax.models.classifier import REMATS
 from cnn_jax.models.normalization import BATCH_NORMS, NORMS
 from cnn_jax.models.torch_weights import WeightsError
+from cnn_jax.runtime.residency import RESIDENCIES
 from cnn_jax.training.freezing import train_only
 from cnn_jax.training.losses import LOSSES
 from cnn_jax.training.optim import OPTIMIZERS, SCHEDULES
@@ -117,12 +119,35 @@ class DataConfig:
     image_size: AtLeastZero
     crop_min_area: Annotated[float, Bound(">", 0), Bound("<=", 1)]
     eval_fraction: Annotated[float, Bound(">", 0), Bound("<=", 1)]
+    holdout: Annotated[float, Bound(">=", 0), Bound("<", 100)]
+    progressive_sizes: tuple[AtLeastOne, ...]
+    progressive_epochs: tuple[Positive, ...]
+    residency: Annotated[str, OneOf(RESIDENCIES)]
     memory_limit_mb: AtLeastZero
     num_threads: AtLeastOne
     prefetch: AtLeastOne
     on_bad_record: Annotated[str, OneOf(("raise", "skip"))]
     mean: tuple[float, ...]
     std: tuple[Positive, ...]
+
+    def parts(self) -> dict[str, dict[str, Any]]:
+        """Returns what a run trains on, "train", and is tested on, "test", for `open_source`."""
+        if not self.holdout:
+            return {"train": {"split": self.train_split}, "test": {"split": self.test_split}}
+        return {
+            name: {"split": self.train_split, "part": Part(self.holdout, held_out=name == "test")}
+            for name in ("train", "test")
+        }
+
+    def num_examples(self, dataset: DatasetInfo) -> tuple[int, int]:
+        """Returns how many of its examples a run trains on, and how many it is tested on."""
+        size, size_of_test = (
+            len(split_range(dataset, part["split"])[1]) for part in self.parts().values()
+        )
+        if not self.holdout:
+            return size, size_of_test
+        held_out = Part(self.holdout, held_out=True).size(size)
+        return size - held_out, held_out
 
     def dataset(self) -> DatasetInfo:
         """Returns what is known of the data set; raises UserError where it must be found first."""
@@ -236,6 +261,7 @@ class Config:
     seed: Annotated[int, Bound(">=", 0), Bound("<", 2**31)]
     batch_size: AtLeastOne
     accumulate_steps: AtLeastOne
+    steps_per_call: AtLeastZero
     remat: Annotated[str, OneOf(REMATS)]
     num_epochs: AtLeastOne
     precision: Annotated[str, OneOf(("float32", "bfloat16"))]
@@ -316,7 +342,12 @@ def parse(
 
 ADDED = {
     "accumulate_steps": 1,
+    "steps_per_call": 0,
     "remat": "none",
+    "data.holdout": 0.0,
+    "data.progressive_sizes": [],
+    "data.progressive_epochs": [],
+    "data.residency": "auto",  # of equal results
     "data.image_size": 0,
     "data.crop_min_area": 0.08,
     "data.eval_fraction": 0.875,
@@ -486,6 +517,24 @@ def _statistics_are_of_batch_norm(
         )
 
 
+def _test_split_exists(split: str, holdout: float, dataset: DatasetInfo) -> Iterator[str]:
+    if not holdout:
+        yield from _split_exists("data.test_split", split, dataset)
+
+
+def _holds_out_some(
+    holdout: float, batch_size: int, split: str, dataset: DatasetInfo
+) -> Iterator[str]:
+    with contextlib.suppress(UserError):  # an unknown split is reported by its own rule
+        size = len(split_range(dataset, split)[1])
+        count = Part(holdout, held_out=True).size(size)
+        if holdout and not 0 < count <= size - batch_size:
+            yield (
+                f"data.holdout = {holdout}: {count} of {size} images are held out; must be at "
+                f"least 1 and leave a batch of {batch_size}"
+            )
+
+
 def _split_exists(key: str, split: str, dataset: DatasetInfo) -> Iterator[str]:
     try:
         split_range(dataset, split)
@@ -501,6 +550,78 @@ def _images_fill_a_batch(batch_size: int, split: str, dataset: DatasetInfo) -> I
                 f"batch_size = {batch_size}: "
                 f"must be <= {len(examples)}, the images of the split {split!r}"
             )
+
+
+def _can_be_resident(residency: str, dataset: DatasetInfo) -> Iterator[str]:
+    if residency == "device" and not dataset.has_one_size:
+        yield (
+            "data.residency = 'device': only for images that are all of one size; others are "
+            "decoded and cropped anew in every epoch, on the host"
+        )
+
+
+def _calls_are_short(steps_per_call: int, residency: str, nan_check_every: int) -> Iterator[str]:
+    if steps_per_call > 1 and residency == "host":
+        yield (
+            f"steps_per_call = {steps_per_call}: only for a data set on the device; "
+            "data.residency is 'host'"
+        )
+    if steps_per_call > 1 and 2 * steps_per_call > nan_check_every:
+        yield (
+            f"steps_per_call = {steps_per_call}: must be <= {nan_check_every // 2}, half of "
+            "faults.nan_check_every, as two calls may be under way"
+        )
+
+
+def _sizes_follow_each_other(
+    sizes: Sequence[int], epochs: Sequence[float], num_epochs: int
+) -> Iterator[str]:
+    if len(sizes) != len(epochs):
+        yield (
+            f"data.progressive_epochs = {epochs}: must have one number for each of "
+            f"data.progressive_sizes, {len(sizes)}"
+        )
+    if any(a >= b for a, b in itertools.pairwise((0, *epochs, num_epochs))):
+        yield (
+            f"data.progressive_epochs = {epochs}: must rise between 0 and {num_epochs}, num_epochs"
+        )
+
+
+def _sizes_suit(
+    sizes: Sequence[int],
+    padding: int,
+    name: str,
+    arguments: Mapping[str, Any],
+    dataset: DatasetInfo,
+) -> Iterator[str]:
+    height, width, channels = dataset.image_shape
+    key = f"data.progressive_sizes = {sizes}"
+    if sizes and height != width:
+        yield f"{key}: only for square images; these are of {height} x {width} pixels"
+        return
+    try:
+        wanted = _shapes(abstract_variables(name, arguments, dataset))
+    except (ValueError, TypeError, ArithmeticError):  # has a rule of its own
+        return
+    for size in sizes:
+        if not padding < size < height:
+            yield (
+                f"{key}: each must be > {padding}, augment.crop_padding, and < {height}, "
+                "the side of the images at the end"
+            )
+            return
+        smaller = dataclasses.replace(dataset, image_shape=(size, size, channels))
+        try:
+            found = _shapes(abstract_variables(name, arguments, smaller))
+        except (ValueError, TypeError, ArithmeticError) as error:
+            yield f"{key}: the model does not take {size}: {' '.join(str(error).split())}"
+            continue
+        if found != wanted:
+            yield f"{key}: at {size} the model has weights of other shapes"
+
+
+def _shapes(variables: Any) -> Any:
+    return jax.tree.map(lambda leaf: leaf.shape, variables)
 
 
 def _one_for_each_channel(
@@ -643,10 +764,27 @@ _RULES: Sequence[tuple[Sequence[str], Callable[..., Iterable[str]]]] = (
         _statistics_are_of_batch_norm,
     ),
     (("data.train_split", "dataset"), partial(_split_exists, "data.train_split")),
-    (("data.test_split", "dataset"), partial(_split_exists, "data.test_split")),
+    (("data.test_split", "data.holdout", "dataset"), _test_split_exists),
+    (("data.holdout", "batch_size", "data.train_split", "dataset"), _holds_out_some),
     (("batch_size", "data.train_split", "dataset"), _images_fill_a_batch),
     (("data.mean", "dataset"), partial(_one_for_each_channel, "data.mean")),
     (("data.std", "dataset"), partial(_one_for_each_channel, "data.std")),
+    (("data.residency", "dataset"), _can_be_resident),
+    (("steps_per_call", "data.residency", "faults.nan_check_every"), _calls_are_short),
+    (
+        ("data.progressive_sizes", "data.progressive_epochs", "num_epochs"),
+        _sizes_follow_each_other,
+    ),
+    (
+        (
+            "data.progressive_sizes",
+            "augment.crop_padding",
+            "model.name",
+            "model.arguments",
+            "dataset",
+        ),
+        _sizes_suit,
+    ),
     (("augment.crop_padding", "dataset"), _crop_is_smaller_than_image),
     (("schedule.warmup_epochs", "num_epochs"), _warmup_ends),
     (

@@ -5,6 +5,7 @@ What trains, what a dry run prints and what is compiled ahead of time are this o
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,10 +13,10 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from cnn_jax.config import Config, abstract_variables
-from cnn_jax.data.datasets import DatasetInfo, split_range
+from cnn_jax.data.datasets import DatasetInfo
 from cnn_jax.data.pipeline import steps_at_epoch_end
 from cnn_jax.data.sources import Crops
 from cnn_jax.models import create_model
@@ -24,6 +25,7 @@ from cnn_jax.runtime.compiler import CompilerSettings, compile_program, compiler
 from cnn_jax.runtime.executables import conditions
 from cnn_jax.runtime.platform import describe_devices
 from cnn_jax.runtime.programs import kept
+from cnn_jax.runtime.residency import fits, steps_per_call
 from cnn_jax.runtime.sharding import (
     batch_sharding,
     describe_mesh,
@@ -39,6 +41,8 @@ from cnn_jax.training.freezing import freeze_updates, train_only
 from cnn_jax.training.losses import Loss, binary_cross_entropy, cross_entropy
 from cnn_jax.training.mixing import Mix, make_mix
 from cnn_jax.training.optim import make_optimizer, make_schedule
+from cnn_jax.training.resident import resident
+from cnn_jax.training.resizing import resized_first
 from cnn_jax.training.state import TrainState, init_state
 from cnn_jax.training.statistics import pool_statistics, spread_statistics
 from cnn_jax.training.steps import (
@@ -67,6 +71,24 @@ OF_THE_HOST = (
 
 
 @dataclasses.dataclass(frozen=True)
+class Phase:
+    """Steps of a run whose images are of one size, and so whose program is one.
+
+    Attributes:
+      name: of the program: "train", or "train@SIDE" before the images have their whole size.
+      first_step: how many steps are done when it begins.
+      image_shape: of what enters the model. Images that are all of one size are made smaller in
+        the step, others come so.
+      step: the pure function that takes one step.
+    """
+
+    name: str
+    first_step: int
+    image_shape: tuple[int, int, int]
+    step: TrainStep
+
+
+@dataclasses.dataclass(frozen=True)
 class Plan:
     """A run before it starts.
 
@@ -79,7 +101,10 @@ class Plan:
       tx, schedule: the optimiser, and its learning rate by step.
       mesh: the devices.
       compiler: what the steps are compiled with.
-      train_step, eval_step, predict_step: the pure functions that are compiled.
+      phases: how it trains, in order: the last on images of their whole size.
+      resident: whether the training images lie on the devices.
+      steps_per_call: optimiser steps that a call of the training program takes, at most.
+      eval_step, predict_step: the pure functions that are compiled.
       init: makes the state at step 0 from the variables that do not start at random.
       state: the abstract train state, with the sharding of every array.
     """
@@ -94,7 +119,9 @@ class Plan:
     schedule: optax.Schedule
     mesh: Mesh
     compiler: CompilerSettings
-    train_step: TrainStep
+    phases: tuple[Phase, ...]
+    resident: bool
+    steps_per_call: int
     eval_step: EvalStep
     predict_step: PredictStep
     init: Callable[[Any], TrainState]
@@ -151,26 +178,52 @@ class Plan:
         )
 
     def lower(self, step: str) -> jax.stages.Lowered:
-        """Returns one of `STEPS`, ready to compile."""
+        """Returns one of `STEPS`, or the one of a phase by name, ready to compile."""
         return {
-            "train": self.lower_train_step,
+            **{
+                phase.name: functools.partial(self.lower_train_step, phase) for phase in self.phases
+            },
             "evaluation": self.lower_eval_step,
             "prediction": self.lower_predict_step,
         }[step]()
 
+    @property
+    def programs(self) -> tuple[str, ...]:
+        """Returns the names, for `lower`, of all that a training takes."""
+        return (*(phase.name for phase in self.phases), "evaluation")
+
+    @property
+    def train_step(self) -> TrainStep:
+        """Returns the pure function that takes a step on images of their whole size."""
+        return self.phases[-1].step
+
+    def phase_of(self, step: int) -> Phase:
+        """Returns the phase of the step that follows `step` steps."""
+        return [phase for phase in self.phases if phase.first_step <= step][-1]
+
     def batch_size(self, step: str) -> int:
         """Returns the images in one of `STEPS`, over all devices together."""
-        return self.config.batch_size if step == "train" else self.config.eval.batch_size
+        return self.config.batch_size if is_training(step) else self.config.eval.batch_size
+
+    def image_shape(self, step: str) -> tuple[int, int, int]:
+        """Returns the height, width and channels of an image in one of the steps."""
+        shapes = {phase.name: phase.image_shape for phase in self.phases}
+        return shapes.get(step, self.dataset.image_shape)
 
     def arguments(self, step: str) -> dict[str, Any]:
         """Returns the abstract arguments of one of `STEPS` by name, with their shardings."""
         batch_size = self.batch_size(step)
-        if step == "train":
+        if is_training(step):
             key = jax.eval_shape(lambda: jax.random.key(0))
             key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=replicated(self.mesh))
-            batch = self._batch(batch_size, index=jnp.int32, epoch=jnp.int32)
+            if self.resident:
+                return {"state": self.state, "batch": self._resident_batch(), "key": key}
+            shape = self.image_shape(step)
+            if self.dataset.has_one_size:
+                shape = self.dataset.image_shape
+            batch = self._batch(batch_size, shape, index=jnp.int32, epoch=jnp.int32)
             return {"state": self.state, "batch": batch, "key": key}
-        batch = self._batch(batch_size, mask=jnp.float32)
+        batch = self._batch(batch_size, self.dataset.image_shape, mask=jnp.float32)
         if step == "prediction":
             batch = {"image": batch["image"]}
         return {"state": self.state, "batch": batch}
@@ -185,11 +238,18 @@ class Plan:
             config=flatten_dict(self.config.as_dict(), sep="."),
         )
 
-    def lower_train_step(self) -> jax.stages.Lowered:
-        """Returns the train step, ready to compile; it takes the place of the state it is given."""
+    def lower_train_step(self, phase: Phase | None = None) -> jax.stages.Lowered:
+        """Returns the train step of a phase, by default the last, ready to compile.
+
+        What it returns takes the place of the state it is given.
+        """
+        phase = phase or self.phases[-1]
         shardings = (jax.tree.map(lambda leaf: leaf.sharding, self.state), replicated(self.mesh))
-        step = jax.jit(self.train_step, donate_argnums=0, out_shardings=shardings)
-        return step.lower(*self.arguments("train").values())
+        step = phase.step
+        if self.resident:
+            step = resident(step, steps_per_call=self.steps_per_call)
+        step = jax.jit(step, donate_argnums=0, out_shardings=shardings)
+        return step.lower(*self.arguments(phase.name).values())
 
     def lower_eval_step(self) -> jax.stages.Lowered:
         """Returns the evaluation step, ready to compile."""
@@ -225,6 +285,10 @@ class Plan:
         every = self.config.checkpoint.every_steps
         return self.evaluates_after(step) or (every > 0 and self._is_due(step, every))
 
+    def stops_after(self, step: int) -> bool:
+        """Returns whether anything is due when `step` steps are done: a report or one of these."""
+        return step % self.config.log.every_steps == 0 or self.saves_after(step)
+
     def describe(self) -> str:
         """Returns the plan as lines that a person reads before the run."""
         config, data = self.config, self.dataset
@@ -235,6 +299,8 @@ class Plan:
             "model": f"{config.model.name}({arguments}): {parameters:,} parameters",
             "data": f"{data.name}: {self.train_examples:,} train and {self.test_examples:,} test "
             f"images, {height} x {width} x {channels}, {data.num_classes} classes",
+            **_held_out(config),
+            "feeding": self._feeding(),
             "devices": f"{describe_devices()}; mesh {describe_mesh(self.mesh)}",
             **_origin(config),
             "compiler": self.compiler.describe(),
@@ -243,10 +309,27 @@ class Plan:
             "optimizer": f"{config.optimizer.name}, learning rate {config.optimizer.learning_rate} "
             f"({config.schedule.name}, {config.schedule.warmup_epochs:g} epochs of warm-up)",
             **_recipe(config),
+            **self._sizes(),
             "steps": f"{self.total_steps:,} of {config.batch_size} images: "
             f"{config.num_epochs} epochs, seed {config.seed}",
         }
         return "\n".join(f"{name:<10} {text}" for name, text in lines.items())
+
+    def _feeding(self) -> str:
+        """Returns how training images come to the devices."""
+        if not self.resident:
+            data = self.config.data
+            return f"streamed, {data.prefetch} batches ahead by {data.num_threads} threads"
+        size = self.train_examples * math.prod(self.dataset.image_shape)
+        calls = "1 step" if self.steps_per_call == 1 else f"up to {self.steps_per_call} steps"
+        return f"resident, {size / 2**20:,.1f} MiB on each device; {calls} a call"
+
+    def _sizes(self) -> dict[str, str]:
+        """Returns the sides of the images and the steps at which they begin, if they grow."""
+        if len(self.phases) == 1:
+            return {}
+        said = (f"{phase.image_shape[0]} from step {phase.first_step:,}" for phase in self.phases)
+        return {"image size": ", ".join(said)}
 
     def tabulate(self) -> str:
         """Returns a table of the model's parts in order: output, receptive field and costs."""
@@ -281,10 +364,33 @@ class Plan:
             epochs, num_examples=examples, batch_size=batch_size
         )
 
-    def _batch(self, size: int, **others: Any) -> dict[str, jax.ShapeDtypeStruct]:
+    def _resident_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Returns all the examples, a copy on each device, and which of them the steps take."""
+        order: tuple[int, ...] = (self.config.batch_size,)
+        divided, everywhere = batch_sharding(self.mesh), replicated(self.mesh)
+        if self.steps_per_call > 1:
+            order = (self.steps_per_call, *order)
+            divided = NamedSharding(self.mesh, PartitionSpec(None, *divided.spec))
+        images = (self.train_examples, *self.dataset.image_shape)
+        arrays = {
+            "images": (images, jnp.uint8, everywhere),
+            "labels": (images[:1], jnp.int32, everywhere),
+            "index": (order, jnp.int32, divided),
+            "epoch": (order, jnp.int32, divided),
+        }
+        if self.steps_per_call > 1:
+            arrays["count"] = ((), jnp.int32, everywhere)
+        return {
+            name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+            for name, (shape, dtype, sharding) in arrays.items()
+        }
+
+    def _batch(
+        self, size: int, image_shape: tuple[int, int, int], **others: Any
+    ) -> dict[str, jax.ShapeDtypeStruct]:
         sharding = batch_sharding(self.mesh)
         arrays = {
-            "image": ((size, *self.dataset.image_shape), jnp.uint8),
+            "image": ((size, *image_shape), jnp.uint8),
             "label": ((size,), jnp.int32),
             **{name: ((size,), dtype) for name, dtype in others.items()},
         }
@@ -292,6 +398,24 @@ class Plan:
             name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
             for name, (shape, dtype) in arrays.items()
         }
+
+
+def is_training(step: str) -> bool:
+    """Returns whether it is the step of a phase, of all that `Plan.lower` takes."""
+    return step.partition("@")[0] == "train"
+
+
+def phase_name(image_size: int) -> str:
+    """Returns the name of the training step on images that are smaller than at the end."""
+    return f"train@{image_size}"
+
+
+def _held_out(config: Config) -> dict[str, str]:
+    """Returns what is tested on where that is a part of the training split."""
+    if not config.data.holdout:
+        return {}
+    test = config.data.parts()["test"]
+    return {"tested on": f"{test['part'].name(test['split'])}, which is not trained on"}
 
 
 def _origin(config: Config) -> dict[str, str]:
@@ -422,7 +546,7 @@ def make_plan(config: Config, *, devices: Sequence[Any] | None = None) -> Plan:
     It is on this machine's devices, or on `devices`, which may be those of a described topology.
     """
     dataset = config.data.dataset()
-    train_examples = len(split_range(dataset, config.data.train_split)[1])
+    train_examples, test_examples = config.data.num_examples(dataset)
     total_steps = steps_at_epoch_end(
         config.num_epochs, num_examples=train_examples, batch_size=config.batch_size
     )
@@ -478,29 +602,54 @@ def make_plan(config: Config, *, devices: Sequence[Any] | None = None) -> Plan:
     state = shard_state(mesh, jax.eval_shape(init, {}))
     if rows > 1:
         state = state.map_statistics(lambda each: shard_rows(mesh, each))
+    shape = dataset.image_shape
+    lies_there = config.data.residency == "device" or (
+        config.data.residency == "auto"
+        and dataset.has_one_size
+        and fits(train_examples * math.prod(shape), mesh)
+    )
+    checked = config.faults.nan_check_every
+
+    def step_on(side: int | None) -> TrainStep:
+        augment = augmentation(config)
+        return make_train_step(
+            model,
+            tx,
+            loss=_loss(config),
+            normalize=prepare,
+            # Images of many sizes come in the size of the phase already.
+            augment=resized_first(augment, side) if side and dataset.has_one_size else augment,
+            mix=_mix(config, dataset.num_classes),
+            average=moving_average(decay) if decay else lambda state: state,
+            frozen=frozen,
+            accumulate_steps=config.accumulate_steps,
+        )
+
+    phases = []
+    first_step = 0
+    growing = zip(config.data.progressive_sizes, config.data.progressive_epochs, strict=True)
+    for side, epochs in growing:
+        smaller = (side, side, shape[-1])
+        phases.append(Phase(phase_name(side), first_step, smaller, step_on(side)))
+        first_step = steps_of(epochs)
+    phases.append(Phase("train", first_step, shape, step_on(None)))
     evaluated = FlipAveraged(model) if config.eval.average_flips else model
     return Plan(
         config=config,
         dataset=dataset,
         train_examples=train_examples,
-        test_examples=len(split_range(dataset, config.data.test_split)[1]),
+        test_examples=test_examples,
         total_steps=total_steps,
         model=model,
         tx=tx,
         schedule=schedule,
         mesh=mesh,
         compiler=compiler_settings(device=_own_device(mesh)),
-        train_step=make_train_step(
-            model,
-            tx,
-            loss=_loss(config),
-            normalize=prepare,
-            augment=augmentation(config),
-            mix=_mix(config, dataset.num_classes),
-            average=moving_average(decay) if decay else lambda state: state,
-            frozen=frozen,
-            accumulate_steps=config.accumulate_steps,
-        ),
+        phases=tuple(phases),
+        resident=lies_there,
+        steps_per_call=steps_per_call(config.steps_per_call, mesh, at_most=checked // 2)
+        if lies_there
+        else 1,
         eval_step=make_eval_step(evaluated, normalize=prepare),
         predict_step=make_predict_step(evaluated, normalize=prepare),
         init=init,

@@ -84,8 +84,8 @@ class Trained:
         Raises UserError where they are not there, or have other classes than the run.
         """
         data = self.config.data
-        options = source_options(self.config)
-        source = open_source(data.name, split or data.test_split, log=log, **options)
+        part = {"split": split} if split else data.parts()["test"]
+        source = open_source(data.name, log=log, **part, **source_options(self.config))
         names = self.dataset.class_names
         if names and source.info.class_names != names:
             other = set(source.info.class_names) ^ set(names)

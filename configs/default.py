@@ -24,6 +24,7 @@ def get_config() -> Any:  # a ConfigDict, whose attributes a type checker cannot
     config.seed = 0  # decides the first weights, the order of the images and their augmentation
     config.batch_size = 128  # images in a training step, over all devices together
     config.accumulate_steps = 1  # micro-batches of a training step, one after the other
+    config.steps_per_call = 0  # steps that a resident set takes at once; 0: 10, on CPUs 1
     config.remat = "none"  # what is computed again in the backward pass: none, block or stage
     config.num_epochs = 10  # passes over the training images
     config.precision = "float32"  # of the computation: float32 or bfloat16; weights are float32
@@ -41,12 +42,16 @@ def get_config() -> Any:  # a ConfigDict, whose attributes a type checker cannot
     config.data.name = "fashion_mnist_10k"  # a name in cnn_jax.data.datasets.NAMES
     config.data.train_split = "train"  # trained on; a slice such as train[:50%] will do
     config.data.test_split = "test"  # evaluated on
+    config.data.holdout = 0.0  # percent of train_split, tested on instead of test_split; 0: none
     # Directories, or gs:// and s3:// URLs: docs/data.md.
     config.data.data_dir = ""  # where prepared data sets are kept; empty: TFDS's own default
     config.data.source_dir = ""  # where the files already lie; folder, csv, tar ... need it
     config.data.image_size = 0  # pixels of a side, where images are of many sizes; 0: 224
     config.data.crop_min_area = 0.08  # likewise: least share of an image in a random crop
     config.data.eval_fraction = 0.875  # likewise: the central crop's share of the shorter side
+    config.data.progressive_sizes = ()  # sides that training images have first, in pixels
+    config.data.progressive_epochs = ()  # the epochs at which each gives way to the next
+    config.data.residency = "auto"  # device: all of it lies there; host: streamed; auto: if it fits
     config.data.memory_limit_mb = 1024  # MiB; a larger split is read from disk batch by batch
     config.data.num_threads = 2  # threads that make batches, on each host
     config.data.prefetch = 4  # batches made ahead of the step

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 NOUNS = {"typing", "errors", "storage", "models", "data", "training", "runtime"}
-BETWEEN = {"config", "plan", "weights", "trained", "exported"}
+BETWEEN = {"config", "plan", "weights", "trained", "exported", "feeding"}
 MAY_IMPORT = {  # of the package, by part; every part may import itself
     "typing": set(),
     "errors": set(),
@@ -22,6 +22,7 @@ MAY_IMPORT = {  # of the package, by part; every part may import itself
     "weights": {"typing", "errors", "storage", "models", "runtime"},
     "config": NOUNS | {"weights"},
     "plan": NOUNS | {"config", "weights"},
+    "feeding": NOUNS | {"config", "plan"},
     "trained": NOUNS | {"config", "plan", "weights"},
     "exported": NOUNS,
     "serving": NOUNS | {"trained", "exported"},

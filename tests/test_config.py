@@ -184,6 +184,39 @@ MISTAKES = {
         {"augment.crop_padding": 28},
         "augment.crop_padding = 28: must be < 28, the pixels of an image's side",
     ),
+    "longer calls than checks": (
+        {"steps_per_call": 11},
+        "steps_per_call = 11: must be <= 10, half of faults.nan_check_every, as two calls may be "
+        "under way",
+    ),
+    "calls of streamed images": (
+        {"steps_per_call": 2, "data.residency": "host"},
+        "steps_per_call = 2: only for a data set on the device; data.residency is 'host'",
+    ),
+    "nothing held out": (
+        {"data.holdout": 0.001},
+        "data.holdout = 0.001: 0 of 10000 images are held out; must be at least 1 and leave a "
+        "batch of 128",
+    ),
+    "all held out": (
+        {"data.holdout": 99.9},
+        "data.holdout = 99.9: 9990 of 10000 images are held out; must be at least 1 and leave a "
+        "batch of 128",
+    ),
+    "sizes without epochs": (
+        {"data.progressive_sizes": (16, 20), "data.progressive_epochs": (3,)},
+        "data.progressive_epochs = (3.0,): must have one number for each of "
+        "data.progressive_sizes, 2",
+    ),
+    "epochs that fall": (
+        {"data.progressive_sizes": (16, 20), "data.progressive_epochs": (6, 3)},
+        "data.progressive_epochs = (6.0, 3.0): must rise between 0 and 10, num_epochs",
+    ),
+    "a size larger than at the end": (
+        {"data.progressive_sizes": (32,), "data.progressive_epochs": (3,)},
+        "data.progressive_sizes = (32,): each must be > 2, augment.crop_padding, and < 28, the "
+        "side of the images at the end",
+    ),
     "flips": (
         {"augment.alternate_flips": True},
         "augment.flip, augment.alternate_flips: only one of them can be true",

@@ -45,7 +45,7 @@ def test_averages_are_in_the_state_where_they_are_asked_for():
 
 
 def test_every_step_of_a_plan_lowers_for_the_devices_it_is_given():
-    made = plan(devices=jax.devices()[:4])
+    made = plan(("data.residency", "host"), devices=jax.devices()[:4])
     assert made.mesh.shape == {"data": 4, "fsdp": 1}
     for step in STEPS:
         lowered = made.lower(step)
@@ -55,6 +55,32 @@ def test_every_step_of_a_plan_lowers_for_the_devices_it_is_given():
             if len(leaf.shape) == 4 and leaf.dtype == np.uint8
         }
         assert images == made.batch_size(step)
+
+
+def test_growing_images_are_a_program_for_each_size():
+    sizes = (("data.progressive_sizes", "(14,20)"), ("data.progressive_epochs", "(2,5)"))
+    made = plan(*sizes)
+    assert made.programs == ("train@14", "train@20", "train", "evaluation")
+    # 10,000 images in batches of 64: 156.25 steps an epoch
+    assert [made.phase_of(step).name for step in (0, 311, 312, 780, 781, 1874)] == [
+        "train@14",
+        "train@14",
+        "train@20",
+        "train@20",
+        "train",
+        "train",
+    ]
+    assert "image size 14 from step 0, 20 from step 312, 28 from step 781" in made.describe()
+    lowered = made.lower("train@14").as_text()
+    assert "tensor<64x14x14x1xf32>" in lowered
+    assert "tensor<64x28x28x1xf32>" in made.lower("train").as_text()
+
+
+def test_a_held_out_part_is_told():
+    made = plan(("data.holdout", "10"))
+    assert (made.train_examples, made.test_examples) == (9000, 1000)
+    assert "9,000 train and 1,000 test images" in made.describe()
+    assert "tested on  10 % of train, which is not trained on" in made.describe()
 
 
 def test_what_is_predicted_has_a_probability_for_each_class():

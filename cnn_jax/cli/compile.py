@@ -162,7 +162,7 @@ def run(options: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> in
     if options.save:
         if options.max_batch or len(variants) * len(topologies) > 1:
             return options.parser.error("--save: takes one topology and one configuration")
-        for step in steps:
+        for step in command.programs(variants[0].values, steps):
             for path in filter(Path.exists, saved_files(options.save, step)):
                 return options.parser.error(f"--save: {path} is already there")
     require_compilers(topologies)

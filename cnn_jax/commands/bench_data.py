@@ -41,7 +41,8 @@ def bench_data(config: Config, *, seconds: float, json_file: Path | None = None)
         raise UserError(f"--json {json_file}: is already there; name a file that is not")
     data, size, stages = config.data, config.batch_size, Stages()
     opened = open_without_bad_records if data.on_bad_record == "skip" else open_source
-    source = opened(data.name, data.train_split, stages=stages, **source_options(config))
+    part = data.parts()["train"]
+    source = opened(data.name, stages=stages, **part, **source_options(config))
     sharding = batch_sharding(make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp))
     steps = itertools.count()
 

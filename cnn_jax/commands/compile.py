@@ -20,7 +20,9 @@ from typing import Any
 
 from cnn_jax.config import BatchNormConfig
 from cnn_jax.data.datasets import dataset_info, split_range
+from cnn_jax.data.holdout import Part
 from cnn_jax.errors import UserError
+from cnn_jax.plan import is_training, phase_name
 from cnn_jax.runtime.files import write_atomically
 from cnn_jax.runtime.report import duration
 from cnn_jax.runtime.topologies import Topology, parse_topology
@@ -99,7 +101,7 @@ def compile_steps(
             if max_batch:
                 answers.append(largest_batch(variant, topology, options, add))
             else:
-                for step in options.steps:
+                for step in programs(variant.values, options.steps):
                     add(compile_one(variant, topology, step, options))
     _say("", table(rows), *details(rows), *answers)
     if compared is not None:
@@ -110,6 +112,12 @@ def compile_steps(
     if json_file is not None:
         _say(f"written to {json_file}")
     return int(any(_failed(row) for row in rows))
+
+
+def programs(values: Mapping[str, Any], steps: Sequence[str]) -> list[str]:
+    """Returns what is compiled for the steps: of training a program for each size of the images."""
+    training = [*map(phase_name, values["data"]["progressive_sizes"]), "train"]
+    return [name for step in steps for name in (training if step == "train" else [step])]
 
 
 def _make(directory: Path) -> None:
@@ -158,7 +166,7 @@ def compile_one(variant: Variant, topology: Topology, step: str, options: Option
     if "error" in row:
         row |= _does_not_fit(row["error"], topology)
         sizes = variant.values
-        size = sizes["batch_size"] if step == "train" else sizes["eval"]["batch_size"]
+        size = sizes["batch_size"] if is_training(step) else sizes["eval"]["batch_size"]
         row |= {"batch": size, "devices": topology.num_devices}
     return row
 
@@ -276,6 +284,7 @@ def largest_batch(
     data = variant.values["data"]
     where = {key: data[key] for key in ("data_dir", "source_dir", "image_size")}
     most = len(split_range(dataset_info(data["name"], **where), data["train_split"])[1])
+    most = Part(data["holdout"], held_out=False).size(most)
     statistics = BatchNormConfig(**variant.values["batch_norm"])
     group = statistics.group_size(topology.num_devices, topology.num_devices) or 1
     least = variant.values["accumulate_steps"] * math.lcm(topology.num_devices, group)

@@ -18,7 +18,7 @@ import jax
 from cnn_jax.config import parse
 from cnn_jax.errors import UserError
 from cnn_jax.models.geometry import layers, total
-from cnn_jax.plan import Plan, choices, make_plan
+from cnn_jax.plan import Plan, choices, is_training, make_plan
 from cnn_jax.runtime import executables, hlo
 from cnn_jax.runtime.compile_plot import plot
 from cnn_jax.runtime.compiler import compile_program
@@ -29,9 +29,6 @@ from cnn_jax.runtime.topologies import Topology, parse_topology
 
 SECONDS_PER_LAUNCH = {"cuda": 2e-6, "tpu": 0.0}
 """Between two kernels: a GPU waits for the next launch, a TPU runs one program."""
-
-PASSES = {"train": 3, "evaluation": 1, "prediction": 1}
-"""Forward passes that a step's multiply-adds are worth: a backward pass is two."""
 
 
 def main() -> int:
@@ -98,7 +95,7 @@ def compile_step(request: Mapping[str, Any]) -> dict[str, Any]:
         "batch": images,
         "devices": topology.num_devices,
         "precision": config.precision,
-        "choices": choices(config) if step == "train" else {},
+        "choices": choices(config) if is_training(step) else {},
         "compiler": plan.compiler.describe(),
         "memory": _memory(compiled, topology),
         "flops_per_image": {
@@ -108,7 +105,10 @@ def compile_step(request: Mapping[str, Any]) -> dict[str, Any]:
             "hlo": counted.total / share,
         },
         "bytes_per_image": {
-            "compiler": _an_image(costs.get("bytes accessed"), share),
+            # Where a fusion gathers some of the resident images, the compiler counts all of them.
+            "compiler": None
+            if plan.resident and is_training(step)
+            else _an_image(costs.get("bytes accessed"), share),
             "hlo": hlo.traffic(program).total / share,
         },
         "kernels": hlo.launches(program),
@@ -153,8 +153,9 @@ def _memory(compiled: Any, topology: Topology) -> dict[str, Any]:
 
 def _geometry(plan: Plan, step: str) -> float | None:
     """Returns the floating-point operations of a step for one image, by the layers' formulas."""
-    multiply_adds = total(layers(plan.model, plan.dataset.image_shape)).multiply_adds
-    return None if multiply_adds is None else 2.0 * multiply_adds * PASSES[step]
+    multiply_adds = total(layers(plan.model, plan.image_shape(step))).multiply_adds
+    passes = 3 if is_training(step) else 1  # a backward pass is worth two forward ones
+    return None if multiply_adds is None else 2.0 * multiply_adds * passes
 
 
 def _an_image(count: float | None, images: float) -> float | None:

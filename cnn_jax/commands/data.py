@@ -1,6 +1,9 @@
 """Data sets: made ready, looked at, and checked image by image."""
 
 import contextlib
+import sys
+import threading
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +19,7 @@ from cnn_jax.data.datasets import DATASETS, directory_of_sets
 from cnn_jax.data.sources import OWN_BUILDERS, ImageSource, Source, open_source
 from cnn_jax.errors import UserError, nearest
 from cnn_jax.plan import augmentation, source_options
-from cnn_jax.runtime.report import Progress
+from cnn_jax.runtime.report import LINE_EVERY, Progress, duration
 
 EXAMPLES = 16
 """Images on a contact sheet."""
@@ -60,7 +63,8 @@ def prepare_named(name: str, *, data_dir: str) -> int:
     if not builder.is_prepared():
         print(f"preparing {name} in {directory}", flush=True)
         try:
-            builder.download_and_prepare()
+            with _told(root):
+                builder.download_and_prepare()
         except ImportError as error:
             text = WITH_TENSORFLOW.format(name=name, error=error, root=root)
             raise UserError(text) from error
@@ -71,6 +75,35 @@ def prepare_named(name: str, *, data_dir: str) -> int:
     return 0
 
 
+@contextlib.contextmanager
+def _told(root: Path) -> Iterator[None]:
+    """Says in a log, every `LINE_EVERY` seconds, how much is on the disk; a terminal has bars."""
+    import tensorflow_datasets as tfds
+
+    if sys.stdout.isatty():
+        yield
+        return
+    tfds.disable_progress_bar()
+    ended, start = threading.Event(), time.perf_counter()
+
+    def tell() -> None:
+        while not ended.wait(LINE_EVERY):
+            size = 0
+            for path in root.rglob("*"):
+                with contextlib.suppress(OSError):  # gone meanwhile
+                    size += path.stat().st_size
+            seconds = duration(time.perf_counter() - start)
+            print(f"{size / 2**20:,.1f} MiB in {root} after {seconds}", flush=True)
+
+    thread = threading.Thread(target=tell, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
 def prepare_resized(config: Config, directory: Path, *, shorter_side: int, num_threads: int) -> int:
     """Writes the images of both splits of `config`, made smaller, into `directory`; returns 0.
 
@@ -78,9 +111,14 @@ def prepare_resized(config: Config, directory: Path, *, shorter_side: int, num_t
     """
     from cnn_jax.data.resized_records import write_records  # only here: it loads decoders
 
+    if config.data.holdout:
+        raise UserError(
+            f"data.holdout = {config.data.holdout:g}: what is written keeps its splits; leave it "
+            "at 0 here, and hold out a part of what was written"
+        )
     sources = {}
     for split in (config.data.train_split, config.data.test_split):
-        source = _open(config, split)
+        source = _open(config, {"split": split})
         if not isinstance(source, ImageSource):
             raise UserError(f"the images of {config.data.name} are all of one size already")
         sources[split.partition("[")[0]] = source
@@ -95,7 +133,7 @@ def prepare_resized(config: Config, directory: Path, *, shorter_side: int, num_t
     def advance(count: int) -> None:
         nonlocal done
         done += count
-        progress.advance(done)
+        progress.count(done, "images")
 
     try:
         write_records(
@@ -120,10 +158,10 @@ def inspect(config: Config, *, picture: Path | None) -> int:
     info = config.data.dataset()
     sizes = ", ".join(f"{split} {count:,}" for split, count in info.splits.items())
     print(f"{info.name} {info.version}: {info.num_classes} classes; {sizes}")
-    for split in (config.data.train_split, config.data.test_split):
-        source = _open(config, split)
+    for name, part in config.data.parts().items():
+        source = _open(config, part)
         _print_split(source)
-        if split == config.data.train_split and picture:
+        if name == "train" and picture:
             _draw(config, source, picture)
             print(f"  drawn in {picture}")
     return 0
@@ -138,8 +176,8 @@ def check(config: Config, *, num_threads: int) -> int:
     for line in _strays(config):
         odd += 1
         print(line)
-    for split in dict.fromkeys((config.data.train_split, config.data.test_split)):
-        source = _open(config, split)
+    for split in dict.fromkeys(part["split"] for part in config.data.parts().values()):
+        source = _open(config, {"split": split})
         progress = Progress(len(source), first_step=0)
         with contextlib.closing(progress), ThreadPoolExecutor(num_threads) as pool:
             for start in range(0, len(source), 1024):
@@ -148,16 +186,16 @@ def check(config: Config, *, num_threads: int) -> int:
                     for is_damage, text in found:
                         damaged, odd = damaged + is_damage, odd + (not is_damage)
                         progress.say(f"{'DAMAGED' if is_damage else 'note'}  {text}")
-                progress.advance(part.stop)
+                progress.count(part.stop, "images")
         print(f"{split}: {len(source):,} images read")
     print(f"{damaged} damaged, {odd} notes")
     return 1 if damaged else 0
 
 
-def _open(config: Config, split: str) -> Source:
+def _open(config: Config, part: dict[str, Any]) -> Source:
     """Returns the examples on disk, each read when it is asked for."""
     options: dict[str, Any] = {**source_options(config), "memory_limit_mb": 0}
-    return open_source(config.data.name, split, **options)
+    return open_source(config.data.name, **part, **options)
 
 
 def _look(source: Source, index: int) -> list[tuple[bool, str]]:

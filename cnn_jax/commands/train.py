@@ -14,15 +14,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
-from jax.sharding import NamedSharding
 
 from cnn_jax.commands.evaluate import STEPS_IN_FLIGHT, mean_metrics
 from cnn_jax.config import Config, completed, differences
 from cnn_jax.data.bad_records import SkipBadRecords, open_without_bad_records
-from cnn_jax.data.pipeline import BatchIterator, train_batches
 from cnn_jax.data.sources import Source, fingerprint, open_source
-from cnn_jax.data.stages import COPYING, Stages, limit
+from cnn_jax.data.stages import Stages, limit
 from cnn_jax.errors import UserError
+from cnn_jax.feeding import Feeding, make_feeding
 from cnn_jax.plan import Plan, make_plan, source_options
 from cnn_jax.runtime import distributed, executables
 from cnn_jax.runtime.checkpoint import Checkpoints
@@ -38,7 +37,6 @@ from cnn_jax.runtime.report import (
     plot_curves,
     read_rows,
 )
-from cnn_jax.runtime.sharding import batch_sharding, to_devices
 from cnn_jax.runtime.watchdog import Watchdog
 from cnn_jax.runtime.workdir import (
     claim,
@@ -50,13 +48,11 @@ from cnn_jax.runtime.workdir import (
 from cnn_jax.storage import place
 from cnn_jax.training.diagnosis import first_not_finite
 from cnn_jax.training.metrics import mean
+from cnn_jax.training.resident import gathered, rows_of
 from cnn_jax.training.state import TrainState, all_finite, skip_step
 from cnn_jax.typing import Batch, Metrics
 
-STEPS = ("train", "evaluation")
-"""Of `plan.STEPS`, those that training takes."""
-
-BATCH_KEYS = ("seed", "batch_size", "data.name", "data.train_split")
+BATCH_KEYS = ("seed", "batch_size", "data.name", "data.train_split", "data.holdout")
 """What decides which examples a step trains on; the fingerprint of the data says the rest."""
 
 
@@ -100,7 +96,7 @@ def train(
     distributed.agree("compilers", lambda: {"settings": plan.compiler.describe()})
     _say(f"{plan.describe()}\nworkdir    {directory}")
     if dry_run:
-        for step in STEPS:
+        for step in plan.programs:
             _saved_program(plan, step, plan.lower(step), compiled)
         _say(plan.tabulate())
         _say("dry run: the configuration is good and its steps can be built; nothing was written")
@@ -223,18 +219,19 @@ class _Training:
         self.clock = clock
         self.compilations = CompilationCounter()
         self.stages = Stages()
-        self.window: list[tuple[int, Metrics]] = []
+        self.window: list[tuple[range, Metrics]] = []  # steps of a call, and their sums
         self.window_start = 0.0
         self.skipped = read_skipped(directory)
         self.watched_until = 0
         self.unexplained: NotFiniteError | None = None
+        self.calls_in_flight = STEPS_IN_FLIGHT if plan.steps_per_call == 1 else 1
         # A check sees the steps that have ended, which are all but those under way.
         self.nan_check_every = plan.config.faults.nan_check_every - STEPS_IN_FLIGHT
         with self.clock.measure("starting"):
             # The data come first: while tensorflow_datasets is imported it replaces Python's import
             # for the whole process, and a compiler that imports in another thread would fail.
-            self.train_source = self._open(plan.config.data.train_split, self.stages)
-            self.test_source = self._open(plan.config.data.test_split, Stages())
+            self.train_source = self._open("train", self.stages)
+            self.test_source = self._open("test", Stages())
             self.record = {
                 "config": plan.config.as_dict(),
                 "data": fingerprint(
@@ -244,12 +241,14 @@ class _Training:
             }
             distributed.agree("data", lambda: self.record["data"])
             wait = _compile_together(plan, compiled)
+            self.feed = make_feeding(plan, self.train_source, self.stages)
             self.step = checkpoints.latest_step() or 0
             self.state = self._restore() if self.step else plan.make_state()
             self.key = plan.make_key()
             if self.step:
                 self._remember(checkpoints.record().get("faults", {}))
-            (self.train_step, self.eval_step), self.clock.seconds["compiling"] = wait()
+            self.programs, self.clock.seconds["compiling"] = wait()
+            self.eval_step = self.programs["evaluation"]
             self.stages.clear()  # of what the fingerprint has read
         self.progress = Progress(plan.total_steps, first_step=self.step)
 
@@ -313,20 +312,16 @@ class _Training:
 
     def _train_from_here(self) -> None:
         plan = self.plan
-        sharding = batch_sharding(plan.mesh)
         self.window_start = time.perf_counter()
         if plan.evaluates_after(self.step) and not _is_evaluated(self.metrics, self.step):
             self._evaluate()
             self._save()
-        with contextlib.closing(self._batches()) as batches:
+        with contextlib.closing(self.feed(self.step)) as feeding:
             while self.step < plan.total_steps:
-                self._step(self._fetch(batches, sharding))
-                self.step += 1
-                if len(self.window) > STEPS_IN_FLIGHT:
-                    jax.block_until_ready(self.window[-1 - STEPS_IN_FLIGHT])
-                if self.step % self.nan_check_every == 0:
-                    done = self.window[:-STEPS_IN_FLIGHT]
-                    _refuse_not_finite(done[-self.nan_check_every :])
+                count = self._steps_of_call()
+                self._call(self._fetch(feeding, count), count)
+                self.step += count
+                self._look_back()
                 self.progress.advance(self.step)
                 if self.step % plan.config.log.every_steps == 0:
                     self._report()
@@ -341,23 +336,52 @@ class _Training:
         self.watchdog.beat()
         self.stop.check()
 
-    def _step(self, batch: Batch) -> None:
-        """Takes the next step, or skips it."""
+    def _steps_of_call(self) -> int:
+        """Returns how many steps to take until something else is due, at most a call's."""
+        plan, skipped = self.plan, self.skipped
+        if self.step < self.watched_until:
+            return 1
+        for step in range(self.step + 1, self.step + plan.steps_per_call):
+            if (
+                plan.stops_after(step)
+                or (step in skipped or step + 1 in skipped)
+                or plan.phase_of(step) is not plan.phase_of(step - 1)
+            ):
+                return step - self.step
+        return plan.steps_per_call
+
+    def _call(self, batch: Batch, count: int) -> None:
+        """Takes the next steps, or skips one."""
         step = self.step + 1
         if step in self.skipped:
             self.state = skip_step(self.state)
         elif step <= self.watched_until:
             self._watched_step(step, batch)
         else:
-            self.state, sums = self.train_step(self.state, batch, self.key)
-            self.window.append((step, sums))
+            self.state, sums = self._train_step(batch)
+            self.window.append((range(step, step + count), sums))
+
+    def _train_step(self, batch: Batch) -> tuple[TrainState, Metrics]:
+        program = self.programs[self.plan.phase_of(self.step).name]
+        return program(self.state, batch, self.key)
+
+    def _look_back(self) -> None:
+        """Waits for all calls but those under way, and now and then looks at what they made."""
+        under_way = self.calls_in_flight
+        if len(self.window) > under_way:
+            jax.block_until_ready(self.window[-1 - under_way][1])
+        if self.plan.steps_per_call > 1:
+            _refuse_not_finite(self.window[-1 - under_way : -under_way])
+        elif self.step % self.nan_check_every == 0:
+            _refuse_not_finite(self.window[:-under_way][-self.nan_check_every :])
 
     def _watched_step(self, step: int, batch: Batch) -> None:
         """Takes a step, or says where its first number appears that is not finite, and skips it."""
         before = jax.tree.map(jnp.copy, self.state)
-        self.state, sums = self.train_step(self.state, batch, self.key)
-        if all(jax.device_get([sums["finite"], all_finite(self.state)])):
-            self.window.append((step, sums))
+        self.state, sums = self._train_step(batch)
+        finite, all_of_state = jax.device_get([sums["finite"], all_finite(self.state)])
+        if np.ravel(finite)[0] and all_of_state:
+            self.window.append((range(step, step + 1), sums))
             if self.unexplained and step == self.watched_until:
                 raise UserError(
                     f"{self.unexplained}, but computed again every number is finite: this machine "
@@ -368,7 +392,9 @@ class _Training:
         self.unexplained = None
         faults = self.plan.config.faults
         with self.watchdog.paused():  # it compiles
-            place = first_not_finite(self.plan.train_step, before, batch, self.key)
+            step_alone = self.plan.phase_of(self.step).step
+            batch = gathered(batch) if self.plan.resident else batch
+            place = first_not_finite(step_alone, before, batch, self.key)
         cause = f"step {step}: {place}"
         if faults.on_nan == "stop" or not jax.device_get(all_finite(before)):
             raise self._diverged(cause)
@@ -392,37 +418,20 @@ class _Training:
         self.metrics.rewind(good)
         self.window.clear()
 
-    def _fetch(self, batches: Iterator[dict[str, np.ndarray]], sharding: NamedSharding) -> Batch:
+    def _fetch(self, feeding: Feeding, count: int) -> Batch:
         """Returns the next batch, on the devices; its time counts while they have nothing to do."""
         start = time.perf_counter()
-        on_host = next(batches)
-        with self.stages.measure(COPYING):
-            batch = to_devices(on_host, sharding)
+        batch = feeding.fetch(self.step, count)
         last: Any = self.window[-1][1]["loss"] if self.window else None
         if last is None or last.is_ready():  # nothing is under way
             self.clock.seconds["waiting for data"] += time.perf_counter() - start
         return batch
 
-    def _batches(self) -> BatchIterator:
-        config = self.plan.config
-        return train_batches(
-            self.train_source,
-            batch_size=config.batch_size,
-            seed=config.seed,
-            start_step=self.step,
-            stop_step=self.plan.total_steps,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-            num_threads=config.data.num_threads,
-            prefetch=config.data.prefetch,
-            stages=self.stages,
-        )
-
-    def _open(self, split: str, stages: Stages) -> Source:
+    def _open(self, part: str, stages: Stages) -> Source:
         data = self.plan.config.data
         opened = open_without_bad_records if data.on_bad_record == "skip" else open_source
-        options = source_options(self.plan.config)
-        return opened(data.name, split, log=_say, stages=stages, **options)
+        options = source_options(self.plan.config) | data.parts()[part]
+        return opened(data.name, log=_say, stages=stages, **options)
 
     def _restore(self) -> TrainState:
         changes = differences(self.checkpoints.record()["data"], self.record["data"])
@@ -435,7 +444,7 @@ class _Training:
         if not self.window:
             return
         _refuse_not_finite(self.window)
-        sums = [values for _, values in jax.device_get(self.window)]
+        sums = [values for _, values in _by_step(self.window)]
         seconds = time.perf_counter() - self.window_start
         self.window.clear()
         means = mean(sums)
@@ -529,9 +538,17 @@ class _Training:
         )
 
 
-def _refuse_not_finite(window: Sequence[tuple[int, Metrics]]) -> None:
+def _by_step(
+    window: Sequence[tuple[range, Metrics]],
+) -> Iterator[tuple[int, Mapping[str, np.ndarray]]]:
+    """Yields each step of the calls and its sums, on the host; waits for those under way."""
+    for (steps, _), sums in zip(window, jax.device_get([sums for _, sums in window]), strict=True):
+        yield from zip(steps, rows_of(sums, len(steps)), strict=True)
+
+
+def _refuse_not_finite(window: Sequence[tuple[range, Metrics]]) -> None:
     """Raises for the first step whose loss or gradient is not finite; waits for those under way."""
-    for step, values in jax.device_get(window):
+    for step, values in _by_step(window):
         if not values["finite"]:
             raise NotFiniteError(
                 f"at step {step} the loss is {values['loss'] / values['count']:.4g} and the norm "
@@ -541,25 +558,25 @@ def _refuse_not_finite(window: Sequence[tuple[int, Metrics]]) -> None:
 
 def _compile_together(
     plan: Plan, saved: Path | None
-) -> Callable[[], tuple[list[jax.stages.Compiled], float]]:
-    """Starts making the programs of all `STEPS` at once; returns a function that waits for them.
+) -> Callable[[], tuple[dict[str, jax.stages.Compiled], float]]:
+    """Starts making all programs of a training at once; returns a function that waits for them.
 
     It returns the programs and the seconds from the start to the last. The waiting thread stays
     open to signals, which a compiler would hold up for minutes.
     """
     start = time.perf_counter()
-    executor = ThreadPoolExecutor(len(STEPS))
+    executor = ThreadPoolExecutor(len(plan.programs))
 
     def timed(step: str) -> tuple[jax.stages.Compiled, float]:
         program = saved and _saved_program(plan, step, plan.lower(step), saved)
         return program or plan.compile(step, log=_say), time.perf_counter() - start
 
-    futures = [executor.submit(timed, step) for step in STEPS]
+    futures = [executor.submit(timed, step) for step in plan.programs]
     executor.shutdown(wait=False)
 
-    def wait() -> tuple[list[jax.stages.Compiled], float]:
+    def wait() -> tuple[dict[str, jax.stages.Compiled], float]:
         programs, seconds = zip(*(future.result() for future in futures), strict=True)
-        return list(programs), max(seconds)
+        return dict(zip(plan.programs, programs, strict=True)), max(seconds)
 
     return wait
 

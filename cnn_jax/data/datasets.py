@@ -173,7 +173,11 @@ def split_range(info: DatasetInfo, split: str) -> tuple[str, range]:
         raise UserError(
             f"{info.name} has no split {split!r}{nearest(name, info.splits)}; it has "
             f"{', '.join(info.splits)} and slices of them such as 'train[:1000]'"
-            + ("" if len(info.splits) > 1 else "; hold out a part: train[:90%] and train[90%:]")
+            + (
+                ""
+                if len(info.splits) > 1
+                else "; hold out a part: train[:90%] and train[90%:], or data.holdout=10"
+            )
         )
     examples = range(info.splits[name])
     if split != name:

@@ -1,11 +1,12 @@
 """Sources: the examples of one split, by number, from memory, records or images, or made up."""
 
+import dataclasses
 import functools
 import hashlib
 import itertools
 import math
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -13,6 +14,7 @@ import numpy as np
 
 from cnn_jax.data.datasets import DatasetInfo, dataset_info, split_range
 from cnn_jax.data.found_images import EncodedImages
+from cnn_jax.data.holdout import Part
 from cnn_jax.data.stages import DECODING, READING, Stages
 from cnn_jax.errors import UserError
 
@@ -50,6 +52,7 @@ def open_source(
     *,
     data_dir: str = "",
     source_dir: str = "",
+    part: Part | None = None,
     memory_limit_mb: int = 1024,
     crops: "Crops | None" = None,
     stages: Stages | None = None,
@@ -62,6 +65,7 @@ def open_source(
       data_dir: where prepared data sets are kept; "" is TFDS's own choice, `$TFDS_DATA_DIR` or
         `~/tensorflow_datasets`.
       source_dir: the directory of the data set's original files, for one that needs them.
+      part: what is taken of the split, by default all of it.
       memory_limit_mb: a split whose decoded images fit in this many MiB is read into memory once,
         if they are all of one size.
       crops: how images of many sizes become those of `Crops.image_size`, by default of 224 pixels.
@@ -76,7 +80,7 @@ def open_source(
     info = dataset_info(name, data_dir=data_dir, source_dir=source_dir, image_size=crops.image_size)
     split_name, examples = split_range(info, split)
     if name == "synthetic":
-        return SyntheticSource(info, split, split_name, examples)
+        return _taken(SyntheticSource(info, split, split_name, examples), part)
     if name in OWN_BUILDERS:
         records = _open_records(info, split, split_name, data_dir, source_dir, log)
     else:
@@ -84,12 +88,23 @@ def open_source(
 
         opened = open_found(info, split, data_dir=data_dir, source_dir=source_dir)
         if not isinstance(opened, RecordSource):
-            return ImageSource(opened, crops, stages)
+            return _taken(ImageSource(opened, crops, stages), part)
         records = opened
-    if len(records) * math.prod(info.image_shape) <= memory_limit_mb * 2**20:
-        return read_into_memory(records)
+    taken = _taken(records, part)
+    if len(taken) * math.prod(info.image_shape) <= memory_limit_mb * 2**20:
+        return read_into_memory(taken)
     records.stages = stages
-    return records
+    return taken
+
+
+def _taken(source: "Source", part: Part | None) -> "Source":
+    """Returns the part of a source."""
+    if part is None:
+        return source
+    numbers, split = part.numbers(len(source)), part.name(source.split)
+    if isinstance(source, ImageSource):
+        return source.select(numbers, split)
+    return Selected(source, split, numbers)
 
 
 def fingerprint(source: Source, *, batch_size: int, seed: int) -> dict[str, Any]:
@@ -148,6 +163,25 @@ class MemorySource:
 
 
 @dataclass(frozen=True)
+class Selected:
+    """The examples of a source that `numbers` name, in that order."""
+
+    source: Source
+    split: str
+    numbers: np.ndarray
+
+    @property
+    def info(self) -> DatasetInfo:
+        return self.source.info
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def batch(self, indices: np.ndarray, epochs: np.ndarray | None = None) -> dict[str, np.ndarray]:
+        return self.source.batch(self.numbers[indices], epochs)
+
+
+@dataclass(frozen=True)
 class SyntheticSource:
     """Images made up from their number alone: a coarse pattern of their class under noise."""
 
@@ -192,13 +226,13 @@ class Images:
     info: DatasetInfo
     split: str
     encoded: EncodedImages
-    examples: range
+    examples: Sequence[int]
 
 
 class ImageSource:
     """Encoded images, decoded and cropped when asked for."""
 
-    def __init__(self, images: Images, crops: Crops, stages: Stages):
+    def __init__(self, images: Images, crops: Crops, stages: Stages | None = None):
         # Now rather than in a thread, where an import can meet tensorflow_datasets' own.
         from cnn_jax.data import images as decoding
 
@@ -206,11 +240,24 @@ class ImageSource:
         self.split = images.split
         self._images = images
         self._crops = crops
-        self._stages = stages
+        self._stages = stages or Stages()
         self._decoding = decoding
 
     def __len__(self) -> int:
         return len(self._images.examples)
+
+    def select(self, numbers: np.ndarray, split: str) -> "ImageSource":
+        """Returns a source of those that `numbers` name, in that order."""
+        examples = [self._images.examples[number] for number in numbers.tolist()]
+        images = dataclasses.replace(self._images, split=split, examples=examples)
+        return ImageSource(images, self._crops, self._stages)
+
+    def resized(self, image_size: int) -> "ImageSource":
+        """Returns the same examples, as squares of `image_size` pixels."""
+        shape = (image_size, image_size, self.info.image_shape[-1])
+        info = dataclasses.replace(self.info, image_shape=shape)
+        images = dataclasses.replace(self._images, info=info)
+        return ImageSource(images, self._crops, self._stages)
 
     def name(self, index: int) -> str:
         """Returns where the numbered example is, for a person to find it."""

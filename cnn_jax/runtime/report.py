@@ -17,6 +17,9 @@ from cnn_jax.runtime.files import GrowingFile, write_atomically
 
 METRICS = "metrics.jsonl"
 
+LINE_EVERY = 10.0
+"""Seconds between the lines of a long task in a log."""
+
 Row = Mapping[str, float]
 
 
@@ -133,7 +136,7 @@ class Progress:
     def __init__(self, total_steps: int, *, first_step: int, stream: TextIO | None = None) -> None:
         self._stream = sys.stdout if stream is None else stream
         self._total = total_steps
-        self._start = time.perf_counter()
+        self._start = self._told = time.perf_counter()
         self._first = first_step
         self._bar: Any = None
         if is_first() and self._stream.isatty():
@@ -165,6 +168,17 @@ class Progress:
         seconds_a_step = (time.perf_counter() - self._start) / max(1, step - self._first)
         left = duration((self._total - step) * seconds_a_step)
         self.say(f"step {step}/{self._total}  {text}  {left} left")
+
+    def count(self, done: int, what: str) -> None:
+        """Shows how many of `what` are done: on the bar, or by lines `LINE_EVERY` seconds apart."""
+        self.advance(done)
+        now = time.perf_counter()
+        if self._bar is not None or now - self._told < LINE_EVERY:
+            return
+        self._told = now
+        rate = (done - self._first) / (now - self._start)
+        left = f", {duration((self._total - done) / rate)} left" if rate else ""
+        self.say(f"{done:,} of {self._total:,} {what}, {rate:,.0f} a second{left}")
 
     def say(self, text: str) -> None:
         """Prints a line of its own, above the bar where there is one."""

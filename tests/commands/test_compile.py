@@ -47,7 +47,8 @@ def cpu_report(tmp_path_factory):
     """The folder and the output of all steps compiled for two CPU devices."""
     folder = tmp_path_factory.mktemp("compile")
     written = [f"--json={folder / 'a.json'}", f"--dump={folder}", f"--plot={folder}"]
-    code, output = compiled(CONFIG, *SMALL, "--topology=cpu:2", *written)
+    streamed = "--config.data.residency=host"  # of a gather the compiler's own count is wrong
+    code, output = compiled(CONFIG, *SMALL, streamed, "--topology=cpu:2", *written)
     assert code == 0, output
     return folder, output
 
@@ -257,7 +258,7 @@ def compiler(monkeypatch, tmp_path):
     return play
 
 
-VALUES = {"batch_size": 64, "eval": {"batch_size": 16}}
+VALUES = {"batch_size": 64, "eval": {"batch_size": 16}, "data": {"progressive_sizes": ()}}
 
 
 def one_row(options=OPTIONS):
@@ -284,6 +285,22 @@ def test_a_compiler_that_fails_is_a_row(code, error, compiler):
     assert error in row["error"]
     assert "failed" in command.table([row])
     assert error in "\n".join(command.details([row]))
+
+
+def test_images_that_grow_are_a_row_for_each_size(compiler, capsys):
+    compiler("open(request['report'], 'w').write(json.dumps({'error': request['step']}))")
+    values = VALUES | {"data": {"progressive_sizes": (96, 128)}}
+    topologies = [parse_topology("v5e:2x2")]
+    options = dataclasses.replace(OPTIONS, steps=("train", "prediction"))
+    assert command.compile_steps([command.Variant(values)], topologies, options) == 1
+    output = capsys.readouterr().out
+    found = [line.split(": ")[-1] for line in output.splitlines() if line.startswith("v5e:2x2 ")]
+    assert [name for name in found if " " not in name] == [
+        "train@96",
+        "train@128",
+        "train",
+        "prediction",
+    ]
 
 
 def test_the_other_rows_go_on_and_the_exit_code_says_so(compiler, capsys):
@@ -321,7 +338,13 @@ STEP = {"accumulate_steps": 1, "batch_norm": {"statistics": "global"}}
 OF_TWELVE = {"accumulate_steps": 3, "batch_norm": {"statistics": "group:4"}}
 
 
-SYNTHETIC = {"name": "synthetic", "data_dir": "", "source_dir": "", "image_size": 0}
+SYNTHETIC = {
+    "name": "synthetic",
+    "data_dir": "",
+    "source_dir": "",
+    "image_size": 0,
+    "holdout": 0.0,
+}
 
 
 @pytest.mark.parametrize("memory", MEMORIES.values(), ids=MEMORIES)

@@ -2,6 +2,7 @@
 
 import io
 import re
+import time
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from driver import ROOT
 from PIL import Image
 
 from cnn_jax.__main__ import main
+from cnn_jax.commands import data as command
 
 
 @pytest.fixture
@@ -144,6 +146,17 @@ def test_flags_that_do_not_go_together(flags, message, capsys, monkeypatch):
     with pytest.raises(SystemExit, match="2"):
         main(["data", *flags])
     assert message in capsys.readouterr().err
+
+
+def test_a_download_is_told_in_a_log(capsys, tmp_path, monkeypatch):
+    (tmp_path / "half of it").write_bytes(bytes(3 * 2**19))
+    monkeypatch.setattr(command, "LINE_EVERY", 0.01)
+    said, deadline = "", time.monotonic() + 60
+    with command._told(tmp_path):
+        while "\n" not in said and time.monotonic() < deadline:
+            time.sleep(0.01)
+            said += capsys.readouterr().out
+    assert said.startswith(f"1.5 MiB in {tmp_path} after 0."), said
 
 
 def test_prepare_of_what_tfds_does_not_have(capsys, tmp_path):

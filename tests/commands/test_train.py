@@ -141,7 +141,8 @@ def test_a_slow_source_is_waited_for(train_here, tmp_path, monkeypatch):
             return self.source.batch(indices, epochs)
 
     monkeypatch.setattr(command, "open_source", SlowSource)
-    code, output = train_here(tmp_path / "run", "--config.num_epochs=1")
+    streamed = "--config.data.residency=host"
+    code, output = train_here(tmp_path / "run", "--config.num_epochs=1", streamed)
     assert code == 0, output
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     waiting = summary["seconds"]["waiting for data"]

@@ -4,6 +4,7 @@ import pytest
 from driver import ROOT
 
 TIMEOUT = "--step-timeout=15"
+STREAMED = "--config.data.residency=host"
 ENVIRONMENT = {"PYTHONPATH": str(ROOT)}
 
 
@@ -18,7 +19,9 @@ ENVIRONMENT = {"PYTHONPATH": str(ROOT)}
 )
 def test_a_hung_step_ends_with_the_stacks_of_all_threads(trainer, tmp_path, where, code, inside):
     program = ("tests/commands/hanging.py", where)
-    found, output = trainer.run(tmp_path / "run", TIMEOUT, program=program, environment=ENVIRONMENT)
+    found, output = trainer.run(
+        tmp_path / "run", TIMEOUT, STREAMED, program=program, environment=ENVIRONMENT
+    )
     assert found == code, output
     assert "(most recent call first)" in output
     assert f" in {inside}\n" in output

@@ -142,7 +142,7 @@ def test_a_machine_that_does_not_compute_the_same_twice_is_told(train_here, kill
     refuse, once = command._refuse_not_finite, [step]
 
     def flip(window):
-        if once and any(number == step for number, _ in window):
+        if once and any(step in steps for steps, _ in window):
             once.clear()
             raise command.NotFiniteError(f"at step {step} the loss is nan")
         refuse(window)

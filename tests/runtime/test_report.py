@@ -109,6 +109,18 @@ def test_a_log_gets_plain_lines():
     assert "\x1b" not in stream.getvalue()
 
 
+def test_a_long_count_is_told_in_a_log_every_ten_seconds(monkeypatch):
+    now = iter([100.0, 104.0, 110.0, 119.0, 120.5])
+    monkeypatch.setattr(time, "perf_counter", lambda: next(now))
+    stream, progress = progress_on_a_pipe()
+    for done in (1, 2, 3, 4):
+        progress.count(done, "images")
+    assert stream.getvalue().splitlines() == [
+        "2 of 10 images, 0 a second, 40.0 s left",
+        "4 of 10 images, 0 a second, 30.8 s left",
+    ]
+
+
 def test_time_left_counts_the_steps_of_this_start_only(monkeypatch):
     now = iter([100.0, 104.0])
     monkeypatch.setattr(time, "perf_counter", lambda: next(now))

@@ -21,6 +21,7 @@ TINY = (
     ("schedule.name", "constant"),
     ("schedule.warmup_epochs", "0"),
     ("optimizer.learning_rate", "0.02"),
+    ("data.residency", "host"),
 )
 
 

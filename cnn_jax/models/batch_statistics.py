@@ -54,6 +54,25 @@ def _forward(
 def _backward(
     epsilon: float, rectify: bool, dtype: Any, saved: tuple[Any, ...], cotangents: Normalized
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def derived(
+        saved: tuple[Any, ...], cotangents: Normalized
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """JAX's own, which the compiler for TPUs fuses well: the forward pass stands there once."""
+
+        def formula(x: Any, scale: Any, bias: Any) -> Normalized:
+            y, mean, var = _forward(x, scale, bias, epsilon, False, dtype)[0]
+            return jax.nn.relu(y) if rectify else y, mean, var
+
+        found: Any = jax.vjp(formula, *saved[:3])[1](cotangents)
+        return found
+
+    by_rule = functools.partial(_by_rule, rectify, dtype, epsilon)
+    return lax.platform_dependent(saved, cotangents, tpu=derived, default=by_rule)
+
+
+def _by_rule(
+    rectify: bool, dtype: Any, epsilon: float, saved: tuple[Any, ...], cotangents: Normalized
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     x, scale, bias, mean, var = saved
     y_bar, mean_bar, var_bar = cotangents
     count = x.size // x.shape[-1]

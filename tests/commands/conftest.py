@@ -1,5 +1,6 @@
 """One prepared data set, one compilation cache and one uninterrupted run for all tests here."""
 
+import os
 import shutil
 from pathlib import Path
 
@@ -11,10 +12,11 @@ from server import Server
 @pytest.fixture(scope="session")
 def trainer(tmp_path_factory):
     """Starts training processes with one device each; those still alive are killed at the end."""
-    folder = tmp_path_factory.mktemp("trainer")
+    folder, base = tmp_path_factory.mktemp("trainer"), tmp_path_factory.getbasetemp()
+    of_all = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base  # what workers share
     environment = {
         "JAX_NUM_CPU_DEVICES": "1",
-        "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
+        "JAX_COMPILATION_CACHE_DIR": str(of_all / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
     trainer = Trainer(environment, data_dir=folder / "data")

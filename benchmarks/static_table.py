@@ -340,6 +340,7 @@ def _origins(rows: Sequence[Row]) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--topology", default=",".join(TOPOLOGIES), help="some of the table's")
+    parser.add_argument("--network", default=",".join(NETWORKS), help="ours, plain or both")
     parser.add_argument("--render", action="store_true", help="make the document only")
     parser.add_argument("--dump", type=Path, help="directory for optimised HLO")
     parser.add_argument("--time-limit", type=int, default=900, help="seconds a compile may take")
@@ -350,7 +351,7 @@ def main() -> None:
         return
     if not options.render:
         for name in options.topology.split(","):
-            for network in NETWORKS:
+            for network in options.network.split(","):
                 start = time.perf_counter()
                 row = run_child(parse_topology(name), network, options)
                 keep({**row, "origin": provenance()})

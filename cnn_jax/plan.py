@@ -136,7 +136,9 @@ class Plan:
         init, weights = jax.jit(self.init, out_shardings=shardings), self._weights()
         if weights:
             return init(weights)
-        return self._kept("state", lambda: init.lower({}).compile(), {"weights": {}})({})
+        return self._kept(
+            "state", lambda: compile_program(init.lower({}), name="state"), {"weights": {}}
+        )({})
 
     def make_key(self) -> jax.Array:
         """Returns the root of all randomness in the steps, on the devices."""

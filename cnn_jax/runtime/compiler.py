@@ -11,7 +11,8 @@ import platform as host
 import re
 import threading
 import warnings
-from collections.abc import Callable, Mapping
+import weakref
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,9 @@ WITHOUT_FUSED_REDUCTIONS: Options = {
 """What cures a program that `may_be_wrong`: YNNPACK is left with single products only."""
 
 CACHE_BYTES = 4 * 2**30
+
+CACHE_HIT, CACHE_MISS = (f"/jax/compilation_cache/cache_{how}" for how in ("hits", "misses"))
+"""Events of JAX's monitoring."""
 
 KEPT, TRACED, NOT_KEPT = (f"/cnn_jax/programs/{how}" for how in ("kept", "traced", "not_kept"))
 """Events of JAX's monitoring, of `runtime.programs`: a program was found without tracing it, was
@@ -131,11 +135,11 @@ def compile_program(
     programs of one `name` in the same order, and all again where one has to.
     """
     options = dict(options or {})
-    compiled = lowered.compile(compiler_options=options)
+    compiled = _compile(lowered, options)
     if _platform(compiled) == "cpu" and any_of(
         f"compiling again {name}", may_be_wrong(compiled.as_text() or "")
     ):
-        compiled = lowered.compile(compiler_options={**options, **WITHOUT_FUSED_REDUCTIONS})
+        compiled = _compile(lowered, {**options, **WITHOUT_FUSED_REDUCTIONS})
         if may_be_wrong(compiled.as_text() or ""):
             raise UserError(
                 "XLA compiles this program for the CPU in a way that can compute wrong numbers "
@@ -143,6 +147,39 @@ def compile_program(
                 "another platform or install another version of jaxlib"
             )
     return compiled
+
+
+_read_from_cache: weakref.WeakSet[jax.stages.Compiled] = weakref.WeakSet()
+
+
+def was_read_from_cache(compiled: jax.stages.Compiled) -> bool:
+    """Returns whether a program of `compile_program` is one that JAX's compilation cache had."""
+    return compiled in _read_from_cache
+
+
+def _compile(lowered: jax.stages.Lowered, options: Options) -> jax.stages.Compiled:
+    with _cache_hits() as hits:
+        compiled = lowered.compile(compiler_options=dict(options))
+    if hits:
+        _read_from_cache.add(compiled)
+    return compiled
+
+
+@contextlib.contextmanager
+def _cache_hits() -> Iterator[list[str]]:
+    """Yields a list that grows with each program that this thread has from the cache."""
+    thread, hits = threading.get_ident(), []
+
+    def listen(event: str, **details: Any) -> None:
+        del details
+        if event == CACHE_HIT and threading.get_ident() == thread:
+            hits.append(event)
+
+    jax.monitoring.register_event_listener(listen)
+    try:
+        yield hits
+    finally:
+        jax.monitoring.unregister_event_listener(listen)
 
 
 def _platform(compiled: jax.stages.Compiled) -> str:
@@ -204,8 +241,8 @@ class CompilationCounter:
         if event == NOT_KEPT:
             self.why_not = details["why"]
         kind = {
-            "/jax/compilation_cache/cache_hits": "hits",
-            "/jax/compilation_cache/cache_misses": "misses",
+            CACHE_HIT: "hits",
+            CACHE_MISS: "misses",
             KEPT: "untraced",
             TRACED: "traced",
         }.get(event)

@@ -20,7 +20,7 @@ from jax.experimental.serialize_executable import deserialize_and_load, serializ
 from jax.sharding import Mesh, NamedSharding
 
 from cnn_jax.errors import UserError
-from cnn_jax.runtime.compiler import Options, processor
+from cnn_jax.runtime.compiler import Options, processor, was_read_from_cache
 from cnn_jax.runtime.sharding import describe_mesh
 
 PACKAGES = ("cnn_jax", "jax", "jaxlib", "flax", "optax")
@@ -138,8 +138,11 @@ def save(
     """Writes a program that `compile_program` has returned; returns its path.
 
     `entries` are its `conditions`. Raises UserError where one is already there, where
-    the directory could not be trusted later, or where this compiler's programs cannot be saved.
+    the directory could not be trusted later, or where this compiler's programs cannot be saved:
+    on the CPU, one that came from JAX's compilation cache would be saved without its functions.
     """
+    if was_read_from_cache(compiled):
+        raise UserError("it came from JAX's compilation cache, and such a program loses parts")
     try:
         contents = pickle.dumps(serialize(compiled))
     except CANNOT_BE_SAVED as error:

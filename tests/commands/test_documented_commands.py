@@ -1,6 +1,7 @@
 """Every command in the documents: run, read by its own parser, or listed with a reason."""
 
 import io
+import itertools
 import re
 import shlex
 import shutil
@@ -22,6 +23,7 @@ DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("do
 
 PYTHON = {"python", "py"}  # run by test_readme.py and, the one block of `py`, by test_export.py
 OF_THE_SITE = {"{toctree}", "{eval-rst}"}
+FILES = {"yaml"}  # parts of files, shown
 
 STARTS_A_COMMAND = re.compile(
     r"(\w+=\S+ )*(python|python3|pip|pytest|ruff|pyright|cnn-jax|bash|sh|git|cd|find|until|for"
@@ -125,7 +127,7 @@ def place(tmp_path_factory):
 
 
 def test_every_block_is_of_a_kind_that_is_checked():
-    assert {language for _, language, _ in blocks()} <= {"", *PYTHON, *OF_THE_SITE}
+    assert {language for _, language, _ in blocks()} <= {"", *PYTHON, *OF_THE_SITE, *FILES}
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.stem)
@@ -149,6 +151,12 @@ def test_every_command_is_known(words, place, monkeypatch):
         check_command(["train", *words[2:]], mistaken=text in MISTAKEN)
     elif words[:3] == ["python", "-m", "cnn_jax"]:
         check_command(words[3:])
+    elif words[0] == "curl":
+        check_request(words[1:])
+    elif words[:2] == ["docker", "build"]:
+        check_build(words[2:])
+    elif words[:2] == ["docker", "run"]:
+        check_command(words[words.index("cnn_jax") + 1 :])
     elif words[0] == "python" and words[1].startswith("benchmarks/"):
         check_script(words[1], words[2:])
     else:
@@ -161,6 +169,20 @@ def check_install(words: list[str]) -> None:
     assert words[:1] == ["-e"]
     for extra in filter(None, re.sub(r"^\.\[?|\]$", "", words[1]).split(",")):
         assert extra in known
+
+
+def check_request(arguments: list[str]) -> None:
+    """A request whose answer tests/commands/test_serve.py checks: the path is one of the server."""
+    (address,) = (word for word in arguments if word.startswith("http"))
+    path = "/" + address.partition("://")[2].partition("/")[2].partition("?")[0]
+    assert f'"{path}"' in (ROOT / "cnn_jax" / "serving" / "application.py").read_text()
+
+
+def check_build(arguments: list[str]) -> None:
+    """An image, not built here: its arguments are those of the Dockerfile."""
+    asked = [word for flag, word in itertools.pairwise(arguments) if flag == "--build-arg"]
+    for name in (word.partition("=")[0] for word in asked):
+        assert f"ARG {name}=" in (ROOT / "Dockerfile").read_text()
 
 
 def check_command(arguments: list[str], *, mistaken: bool = False) -> None:

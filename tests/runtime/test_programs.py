@@ -359,3 +359,32 @@ def test_two_starts_at_once_leave_one_program(tmp_path):
     (place,) = (tmp_path / "programs").iterdir()
     assert {path.name for path in place.iterdir()} == {"step.executable", "step.json"}
     assert start("c").communicate(timeout=300)[0] == "256.0\n"
+
+
+COMPILES_AND_SAVES = """
+import pathlib, sys
+import jax, jax.numpy as jnp
+from cnn_jax.errors import UserError
+from cnn_jax.runtime.compiler import compile_program
+from cnn_jax.runtime.executables import save
+lowered = jax.jit(lambda x: jnp.tanh(x @ x.T).sum(0)).lower(jnp.ones((8, 8)))
+try:
+    save(pathlib.Path(sys.argv[1]), "step", compile_program(lowered), {})
+except UserError as error:
+    print(error)
+"""
+
+
+def test_what_came_from_the_compilation_cache_is_not_saved_again(tmp_path):
+    """On the CPU it would be saved without its functions: 'Function ... not found' when it runs."""
+    environment = {
+        **os.environ,
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    said = []
+    for start in ("first", "second"):
+        command = [sys.executable, "-c", COMPILES_AND_SAVES, str(tmp_path / start)]
+        said.append(subprocess.check_output(command, text=True, env=environment, cwd=ROOT))
+    assert said == ["", "it came from JAX's compilation cache, and such a program loses parts\n"]
+    assert [(tmp_path / start).exists() for start in ("first", "second")] == [True, False]

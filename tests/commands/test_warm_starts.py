@@ -62,6 +62,6 @@ def test_evaluate_traces_once(reference, environment, tmp_path):
             text=True,
             check=True,
         )
-        assert ("Finished tracing logits for jit" in process.stderr) == (name == "traced")
+        assert ("Finished tracing of_pixels for jit" in process.stderr) == (name == "traced")
         scores.append(path.read_text())
     assert scores[0] == scores[1]

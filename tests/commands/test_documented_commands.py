@@ -217,10 +217,11 @@ def test_the_commands_that_use_a_run_run(place, reference, monkeypatch, capsys):
         words[3:]
         for path, script in scripts()
         for words in simple_commands(script)
-        if path == document and words[:3] == ["python", "-m", "cnn_jax"]
+        if path == document and words[:3] == ["python", "-m", "cnn_jax"] and words[3] != "serve"
     ]
     assert len(commands) >= 8
-    commands.remove([*EXPORT, "--format", "onnx", "--to", "clothes.onnx"])  # see test_export.py
+    commands.remove([*EXPORT, "--format", "onnx", "--to", "clothes.onnx"])  # see test_export.py,
+    # and test_serve.py for the server
     for arguments in commands:
         assert main(arguments) == 0, (arguments, capsys.readouterr())
     assert {path.name for path in (place / "pictures").glob("*.png")} >= {

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 
@@ -11,11 +10,9 @@ from driver import ROOT, assert_same_run
 
 
 @pytest.fixture(scope="module")
-def environment(trainer, reference, tmp_path_factory):
-    """Of a machine that has compiled everything, but has kept no program by what decides it."""
-    cache = tmp_path_factory.mktemp("cache") / "compiled"
-    compiled = trainer.environment["JAX_COMPILATION_CACHE_DIR"]
-    shutil.copytree(compiled, cache, ignore=shutil.ignore_patterns("programs"))
+def environment(tmp_path_factory):
+    """Of a machine that has compiled nothing yet."""
+    cache = tmp_path_factory.mktemp("cache")
     return {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_LOG_COMPILES": "1"}
 
 

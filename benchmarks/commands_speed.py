@@ -27,8 +27,6 @@ from PIL import Image
 from seeds import ROOT, processor
 
 from cnn_jax.commands.predict import predict
-from cnn_jax.data.sources import open_source
-from cnn_jax.plan import source_options
 from cnn_jax.runtime.platform import versions
 from cnn_jax.trained import Trained, open_run
 
@@ -55,8 +53,7 @@ def seconds_to_first_output(arguments: list[str], folder: Path) -> float:
 
 def write_images(run: Trained, folder: Path, count: int) -> np.ndarray:
     """Writes images of the test split as PNG files, over again if it has fewer; returns them."""
-    options = source_options(run.config)
-    source = open_source(run.config.data.name, run.config.data.test_split, **options)
+    source = run.open_split(None, log=print)
     pixels = source.batch(np.arange(count) % len(source))["image"]
     for number, image in enumerate(pixels):
         Image.fromarray(image.squeeze()).save(folder / f"{number:05}.png")

@@ -106,26 +106,28 @@ class Trained:
     def compile(
         self,
         name: str,
-        function: Callable[[Any, Images], Any],
+        function: Callable[..., Any],
         batch_size: int,
+        *others: jax.ShapeDtypeStruct,
         **decided_by: Any,
-    ) -> Callable[[RawImages], Any]:
-        """Returns a compiled function of `batch_size` uint8 images.
+    ) -> Callable[..., Any]:
+        """Returns a compiled function of `batch_size` uint8 images, and of arrays like `others`.
 
-        It gives what `function` makes of the variables and of the normalised images. The program is
-        kept between starts under its `name` and all that decides it beside the configuration.
+        It gives what `function` makes of the variables, the normalised images and those arrays. The
+        program is kept between starts under its `name` and all that decides it beside the
+        configuration.
         """
 
-        def of_pixels(variables: Any, images: RawImages) -> Any:
-            return function(variables, self.normalize(images))
+        def of_pixels(variables: Any, images: RawImages, *others: jax.Array) -> Any:
+            return function(variables, self.normalize(images), *others)
 
         images = jax.ShapeDtypeStruct((batch_size, *self.dataset.image_shape), jnp.uint8)
         variables = jax.device_put(dict(self.variables))
         options = compiler_settings().options
         program = kept(
             name,
-            lambda: compile_program(jax.jit(of_pixels).lower(variables, images), options),
-            arguments={"variables": variables, "images": images},
+            lambda: compile_program(jax.jit(of_pixels).lower(variables, images, *others), options),
+            arguments={"variables": variables, "images": images, "others": others},
             devices=jax.local_devices()[:1],
             options=options,
             decided_by={**decisive(self.config), **decided_by},

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from cnn_jax.benchmarking.linen_resnet import PlainResNet, plain_variables
+from cnn_jax.benchmarking.linen_resnet import plain_network, plain_variables
 from cnn_jax.benchmarking.workload import (
     LEARNING_RATE,
     MEAN,
@@ -191,15 +191,7 @@ class PlainState:
 def _linen(workload: Workload, folder: Path) -> tuple[Callable[..., Any], Any, dict[str, Any]]:
     """Returns the same of the plain network, with XLA's own options."""
     of, dtype = architecture(workload), jnp.dtype(workload.precision)
-    model = PlainResNet(
-        num_classes=of.num_classes,
-        stage_sizes=of.stage_sizes,
-        width=of.width,
-        stem=of.stem,
-        bottleneck=of.block == "bottleneck",
-        symmetric_padding=True,
-        dtype=dtype,
-    )
+    model = plain_network(of, dtype)
     variables = jax.device_put(plain_variables(_read_weights(workload, folder), of.stage_sizes))
 
     def normalized(images: jax.Array) -> jax.Array:

@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from cnn_jax.benchmarking.workload import Architecture
+
 
 class Block(nn.Module):
     """1x1, 3x3 and 1x1 convolutions, or two of 3x3, and a shortcut; the stride is on a 3x3."""
@@ -79,6 +81,19 @@ class PlainResNet(nn.Module):
                 strides = 2 if stage > 0 and block == 0 else 1
                 x = Block(self.width * 2**stage, strides, self.bottleneck, conv, norm)(x)
         return nn.Dense(self.num_classes, dtype=self.dtype)(jnp.mean(x, axis=(1, 2)))
+
+
+def plain_network(of: Architecture, dtype: Any) -> PlainResNet:
+    """Returns the network that is to equal a `ModernCNN` of that architecture."""
+    return PlainResNet(
+        num_classes=of.num_classes,
+        stage_sizes=of.stage_sizes,
+        width=of.width,
+        stem=of.stem,
+        bottleneck=of.block == "bottleneck",
+        symmetric_padding=True,
+        dtype=dtype,
+    )
 
 
 def plain_variables(variables: Mapping[str, Any], stage_sizes: Sequence[int]) -> dict[str, Any]:

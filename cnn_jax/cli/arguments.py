@@ -1,7 +1,7 @@
 """What the commands' flags have in common: their types, and how a command is added."""
 
 import argparse
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -114,3 +114,19 @@ def add_ema(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="take the averaged weights of a run that keeps them (ema.decay above 0)",
     )
+
+
+def add_reading(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags that say how images are read."""
+    parser.add_argument(
+        "--batch-size", metavar="N", type=positive, default=64, help="images at once (default: 64)"
+    )
+    parser.add_argument(
+        "--threads", metavar="N", type=positive, default=2, help="that decode files (default: 2)"
+    )
+
+
+def refuse_overrides(options: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> None:
+    """Ends a command on a run that was given keys of a configuration."""
+    if overrides:
+        options.parser.error(f"--config.{overrides[0][0]}: the run has its configuration")

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cnn_jax.cli.arguments import add_command, add_run, new_file
+from cnn_jax.cli.arguments import add_command, add_run, new_file, refuse_overrides
 
 DESCRIPTION = """\
 Evaluates what a run has learned on every example of a split, once: loss, top-1, top-5,
@@ -44,8 +44,7 @@ def add(commands: Any) -> None:
 
 def run(options: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> int:
     """Returns the exit code of the command."""
-    if overrides:
-        options.parser.error(f"--config.{overrides[0][0]}: the run has its configuration")
+    refuse_overrides(options, overrides)
     from cnn_jax.commands.evaluate import evaluate
 
     evaluate(

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cnn_jax.cli.arguments import add_command, add_run, new_file
+from cnn_jax.cli.arguments import add_command, add_run, new_file, refuse_overrides
 
 DESCRIPTION = """\
 Writes what a run has learned as one file: a function of uint8 images that gives the
@@ -47,8 +47,7 @@ def add(commands: Any) -> None:
 
 def run(options: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> int:
     """Returns the exit code of the command."""
-    if overrides:
-        options.parser.error(f"--config.{overrides[0][0]}: the run has its configuration")
+    refuse_overrides(options, overrides)
     from cnn_jax.commands.export import export
 
     path: Path = options.to

@@ -4,7 +4,13 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
-from cnn_jax.cli.arguments import add_command, add_run, new_file, positive
+from cnn_jax.cli.arguments import (
+    add_command,
+    add_reading,
+    add_run,
+    new_file,
+    refuse_overrides,
+)
 
 DESCRIPTION = """\
 Writes what layers of a trained network make of every image as arrays in an .npz file:
@@ -55,18 +61,12 @@ def add(commands: Any) -> None:
         default="average",
         help="over the positions of a feature map (default: average)",
     )
-    parser.add_argument(
-        "--batch-size", metavar="N", type=positive, default=64, help="images at once (default: 64)"
-    )
-    parser.add_argument(
-        "--threads", metavar="N", type=positive, default=2, help="that decode files (default: 2)"
-    )
+    add_reading(parser)
 
 
 def run(options: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> int:
     """Returns the exit code of the command."""
-    if overrides:
-        options.parser.error(f"--config.{overrides[0][0]}: the run has its configuration")
+    refuse_overrides(options, overrides)
     if options.paths and options.split:
         options.parser.error("--split: only without PATH")
     if options.to.suffix != ".npz":

@@ -5,7 +5,13 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from cnn_jax.cli.arguments import add_command, add_run, positive
+from cnn_jax.cli.arguments import (
+    add_command,
+    add_reading,
+    add_run,
+    positive,
+    refuse_overrides,
+)
 
 DESCRIPTION = """\
 Says what is on images: the most probable classes with their probabilities. An image
@@ -47,18 +53,12 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "--format", choices=("table", "jsonl", "csv"), default="table", help="default: table"
     )
-    parser.add_argument(
-        "--batch-size", metavar="N", type=positive, default=64, help="images at once (default: 64)"
-    )
-    parser.add_argument(
-        "--threads", metavar="N", type=positive, default=2, help="that decode (default: 2)"
-    )
+    add_reading(parser)
 
 
 def run(options: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> int:
     """Returns the exit code of the command."""
-    if overrides:
-        options.parser.error(f"--config.{overrides[0][0]}: the run has its configuration")
+    refuse_overrides(options, overrides)
     from cnn_jax.commands.predict import predict, write_predictions
 
     lines = (line.rstrip("\n") for line in sys.stdin)

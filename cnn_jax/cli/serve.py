@@ -4,7 +4,12 @@ import argparse
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from cnn_jax.cli.arguments import add_command, existing_directory, positive
+from cnn_jax.cli.arguments import (
+    add_command,
+    existing_directory,
+    positive,
+    refuse_overrides,
+)
 
 DESCRIPTION = """\
 Answers HTTP requests with what is on images, computed in batches, and shows a page
@@ -92,8 +97,7 @@ def add(commands: Any) -> None:
 
 def run(options: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> int:
     """Returns the exit code of the command."""
-    if overrides:
-        options.parser.error(f"--config.{overrides[0][0]}: the run has its configuration")
+    refuse_overrides(options, overrides)
     if options.checkpoint and not options.workdir:
         options.parser.error("--checkpoint: only with --workdir")
     if options.max_waiting < options.max_batch:

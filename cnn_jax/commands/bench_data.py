@@ -13,12 +13,10 @@ import numpy as np
 
 from cnn_jax.benchmarking.machine import describe_machine
 from cnn_jax.config import Config
-from cnn_jax.data.bad_records import open_without_bad_records
 from cnn_jax.data.pipeline import train_batch, train_batches
-from cnn_jax.data.sources import open_source
 from cnn_jax.data.stages import COPYING, Stages, slowest
 from cnn_jax.errors import UserError
-from cnn_jax.plan import source_options
+from cnn_jax.feeding import open_part
 from cnn_jax.runtime.files import write_json_file
 from cnn_jax.runtime.platform import versions
 from cnn_jax.runtime.sharding import batch_sharding, make_mesh, to_devices
@@ -40,9 +38,7 @@ def bench_data(config: Config, *, seconds: float, json_file: Path | None = None)
     if json_file is not None and json_file.exists():
         raise UserError(f"--json {json_file}: is already there; name a file that is not")
     data, size, stages = config.data, config.batch_size, Stages()
-    opened = open_without_bad_records if data.on_bad_record == "skip" else open_source
-    part = data.parts()["train"]
-    source = opened(data.name, stages=stages, **part, **source_options(config))
+    source = open_part(config, "train", log=print, stages=stages)
     sharding = batch_sharding(make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp))
     steps = itertools.count()
 

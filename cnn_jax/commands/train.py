@@ -17,12 +17,12 @@ from flax.traverse_util import flatten_dict
 
 from cnn_jax.commands.evaluate import STEPS_IN_FLIGHT, mean_metrics
 from cnn_jax.config import Config, completed, differences
-from cnn_jax.data.bad_records import SkipBadRecords, open_without_bad_records
-from cnn_jax.data.sources import Source, fingerprint, open_source
+from cnn_jax.data.bad_records import SkipBadRecords
+from cnn_jax.data.sources import fingerprint
 from cnn_jax.data.stages import Stages, limit
 from cnn_jax.errors import UserError
-from cnn_jax.feeding import Feeding, make_feeding
-from cnn_jax.plan import Plan, make_plan, source_options
+from cnn_jax.feeding import Feeding, make_feeding, open_part
+from cnn_jax.plan import Plan, make_plan
 from cnn_jax.runtime import distributed, executables
 from cnn_jax.runtime.checkpoint import Checkpoints
 from cnn_jax.runtime.compiler import CompilationCounter, told_by_environment
@@ -230,8 +230,8 @@ class _Training:
         with self.clock.measure("starting"):
             # The data come first: while tensorflow_datasets is imported it replaces Python's import
             # for the whole process, and a compiler that imports in another thread would fail.
-            self.train_source = self._open("train", self.stages)
-            self.test_source = self._open("test", Stages())
+            self.train_source = open_part(plan.config, "train", log=_say, stages=self.stages)
+            self.test_source = open_part(plan.config, "test", log=_say)
             self.record = {
                 "config": plan.config.as_dict(),
                 "data": fingerprint(
@@ -426,12 +426,6 @@ class _Training:
         if last is None or last.is_ready():  # nothing is under way
             self.clock.seconds["waiting for data"] += time.perf_counter() - start
         return batch
-
-    def _open(self, part: str, stages: Stages) -> Source:
-        data = self.plan.config.data
-        opened = open_without_bad_records if data.on_bad_record == "skip" else open_source
-        options = source_options(self.plan.config) | data.parts()[part]
-        return opened(data.name, log=_say, stages=stages, **options)
 
     def _restore(self) -> TrainState:
         changes = differences(self.checkpoints.record()["data"], self.record["data"])

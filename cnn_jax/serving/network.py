@@ -13,7 +13,6 @@ import numpy as np
 from cnn_jax.exported import open_exported
 from cnn_jax.models.explaining import class_activation_map
 from cnn_jax.runtime.checkpoint import MANIFEST
-from cnn_jax.runtime.compiler import compile_program, compiler_settings
 from cnn_jax.trained import Trained, open_run
 
 Program = Callable[[np.ndarray], Any]
@@ -87,15 +86,11 @@ def _described(
 
 def _compile_evidence(run: Trained) -> Evidence:
     def evidence(variables: Any, images: jax.Array, classes: jax.Array) -> jax.Array:
-        normalized = run.normalize(images)
-        return class_activation_map(run.model, variables, normalized, classes)[0]
+        return class_activation_map(run.model, variables, images, classes)[0]
 
-    variables = jax.device_put(dict(run.variables))
-    images = jax.ShapeDtypeStruct((1, *run.dataset.image_shape), jnp.uint8)
-    lowered = jax.jit(evidence).lower(variables, images, jax.ShapeDtypeStruct((1,), jnp.int32))
-    program = compile_program(lowered, compiler_settings().options)
+    program = run.compile("evidence", evidence, 1, jax.ShapeDtypeStruct((1,), jnp.int32))
 
     def compute(pixels: np.ndarray, chosen: int) -> np.ndarray:
-        return np.asarray(program(variables, pixels[None], np.array([chosen], np.int32)))
+        return np.asarray(program(pixels[None], np.array([chosen], np.int32)))
 
     return compute

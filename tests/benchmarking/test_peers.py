@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from cnn_jax.benchmarking.linen_resnet import PlainResNet, plain_variables
+from cnn_jax.benchmarking.linen_resnet import plain_network, plain_variables
 from cnn_jax.benchmarking.workload import Architecture, Workload, architecture
 from cnn_jax.models.torch_weights import to_torch
 
@@ -42,15 +42,7 @@ def expected(workload: Workload, variables: dict, images: np.ndarray) -> np.ndar
 
 def test_linen(case):
     workload, of, variables, images = case
-    peer = PlainResNet(
-        num_classes=of.num_classes,
-        stage_sizes=of.stage_sizes,
-        width=of.width,
-        stem=of.stem,
-        bottleneck=of.block == "bottleneck",
-        symmetric_padding=True,
-        dtype=jnp.float32,
-    )
+    peer = plain_network(of, jnp.float32)
     found = peer.apply(plain_variables(variables, of.stage_sizes), images, train=False)
     np.testing.assert_allclose(found, expected(workload, variables, images), rtol=1e-4, atol=1e-5)
 

@@ -7,9 +7,8 @@ import time
 
 import jax
 
-from cnn_jax import plan
+from cnn_jax import feeding, plan
 from cnn_jax.__main__ import run
-from cnn_jax.commands import train
 from cnn_jax.data.sources import MemorySource
 from cnn_jax.training.augment import make_augment
 
@@ -37,7 +36,7 @@ def make_hanging_source(hang):
         source = opened(*arguments, **options)
         return Hanging(source.info, source.split, source.images, source.labels)
 
-    opened = train.open_source
+    opened = feeding.open_source
     return open_source
 
 
@@ -58,5 +57,5 @@ if __name__ == "__main__":
         plan.make_augment = make_hanging_augment
     else:
         hang = {"data": hang_in_the_data, "interpreter": hang_with_the_interpreter}[sys.argv[1]]
-        train.open_source = make_hanging_source(hang)
+        feeding.open_source = make_hanging_source(hang)
     run(["train", *sys.argv[2:]])

@@ -124,7 +124,7 @@ def test_the_summary_names_what_is_written(train_here, complete):
 
 @pytest.mark.slow
 def test_a_slow_source_is_waited_for(train_here, tmp_path, monkeypatch):
-    from cnn_jax.commands import train as command
+    from cnn_jax import feeding
 
     pause = 0.2
 
@@ -140,7 +140,7 @@ def test_a_slow_source_is_waited_for(train_here, tmp_path, monkeypatch):
             time.sleep(pause)
             return self.source.batch(indices, epochs)
 
-    monkeypatch.setattr(command, "open_source", SlowSource)
+    monkeypatch.setattr(feeding, "open_source", SlowSource)
     streamed = "--config.data.residency=host"
     code, output = train_here(tmp_path / "run", "--config.num_epochs=1", streamed)
     assert code == 0, output

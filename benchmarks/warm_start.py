@@ -1,12 +1,13 @@
-"""What the second start of a command costs of the first one's compiling: train, evaluate, predict.
+"""What the second start of each command that compiles costs of the first one's compiling.
 
     python benchmarks/warm_start.py
 
-For each configuration and each repeat there is an empty cache: a command compiles into it, and the
-same command starts again. `compiling` is the time from the first program that is asked for until
-the last is there, tracing included: for `train` that of its summary, for the others that of the one
-program they have. `whole` is the time of the process. The target is a warm start of at most 10 % of
-the cold one's compiling. The result is kept in benchmarks/results/warm_start.json.
+For each configuration, command and repeat there is an empty cache: the command compiles into it and
+starts again. `compiling` is the time from the first program that is asked for
+until the last is there, tracing included: for `train` that of its summary, for the others the sum
+of their programs, of which `serve` has one for each size of a batch and one for the evidence, and
+is told to stop when it is ready. `whole` is the time of the process. The target is a warm start of
+at most 10 % of the cold one's compiling. The result is kept in benchmarks/results/warm_start.json.
 """
 
 import argparse
@@ -51,26 +52,37 @@ CONFIGS: Mapping[str, Sequence[str]] = {
 IMAGES = {"quickstart": (28, 28), "resnet50": (224, 224, 3)}
 
 TIMED = """
-import sys, time
+import os, signal, sys, time
 from cnn_jax.__main__ import main
+from cnn_jax.exported import ExportedFile
 from cnn_jax.runtime import programs
+from cnn_jax.serving import server
 from cnn_jax.trained import Trained
 
-foreign_module, compile_logits = programs.foreign_module, Trained.compile_logits
+
+def timed(compile):
+    def measured(*arguments, **options):
+        start = time.perf_counter()
+        program = compile(*arguments, **options)
+        print(f"compiling {time.perf_counter() - start}", file=sys.stderr)
+        return program
+
+    return measured
 
 
-def timed(run, batch_size):
-    start = time.perf_counter()
-    program = compile_logits(run, batch_size)
-    print(f"compiling {time.perf_counter() - start}", file=sys.stderr)
-    return program
+def say(text):
+    if text.startswith("ready"):
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
+foreign_module = programs.foreign_module
 programs.foreign_module = lambda: foreign_module() and ""  # this code changes no program
-Trained.compile_logits = timed
+Trained.compile = timed(Trained.compile)
+ExportedFile.compile_probabilities = timed(ExportedFile.compile_probabilities)
+server._say = say
 sys.exit(main(sys.argv[1:]))
 """
-"""`python -m cnn_jax`, which says how long it takes to compile what it evaluates with."""
+"""`python -m cnn_jax`, which says how long it takes to compile; `serve` ends when it is ready."""
 
 
 def run(arguments: Sequence[str], cache: Path) -> tuple[str, float]:
@@ -103,26 +115,31 @@ def train(workdir: Path, flags: Sequence[str], cache: Path) -> dict[str, float]:
 
 def use(command: Sequence[str], cache: Path) -> dict[str, float]:
     said, whole = run(["-c", TIMED, *command], cache)
-    (compiling,) = re.findall(r"^compiling ([\d.]+)$", said, re.MULTILINE)
-    return {"compiling": float(compiling), "whole": whole}
+    compiling = map(float, re.findall(r"^compiling ([\d.]+)$", said, re.MULTILINE))
+    return {"compiling": sum(compiling), "whole": whole}
 
 
-def measure(name: str, folder: Path, data_dir: Path) -> dict[str, dict[str, dict[str, float]]]:
+def measure(config: str, folder: Path, data_dir: Path) -> dict[str, dict[str, dict[str, float]]]:
     """Returns, by command, the seconds of a cold start and of a warm one."""
-    flags = [*CONFIGS[name], f"--config.data.data_dir={data_dir}"]
+    flags = [*CONFIGS[config], f"--config.data.data_dir={data_dir}"]
     image = folder / "image.png"
-    pixels = np.random.default_rng(0).integers(256, size=IMAGES[name], dtype=np.uint8)
+    pixels = np.random.default_rng(0).integers(256, size=IMAGES[config], dtype=np.uint8)
     Image.fromarray(pixels).save(image)
-    cache, workdir = folder / "cache", folder / "cold"
+    trained, exported = f"--workdir={folder / 'cold'}", folder / "model.zip"
     starts = {"cold": {}, "warm": {}}
     for start, found in starts.items():
-        found["train"] = train(folder / start, flags, cache)
-    for command in (
-        ["evaluate", f"--workdir={workdir}"],
-        ["predict", f"--workdir={workdir}", "--batch-size=16", str(image)],
-    ):
-        for found in starts.values():
-            found[command[0]] = use(command, cache)
+        found["train"] = train(folder / start, flags, folder / "cache of train")
+    run(["-m", "cnn_jax", "export", trained, f"--to={exported}"], folder / "cache of export")
+    for start, found in starts.items():
+        commands = {
+            "evaluate": ["evaluate", trained],
+            "predict": ["predict", trained, "--batch-size=16", str(image)],
+            "features": ["features", trained, f"--to={folder / start}.npz", str(image)],
+            "serve": ["serve", trained, "--port=0"],
+            "serve --model": ["serve", f"--model={exported}", "--port=0"],
+        }
+        for name, command in commands.items():
+            found[name] = use(command, folder / f"cache of {name}")
     return starts
 
 

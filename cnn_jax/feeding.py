@@ -3,9 +3,8 @@
 Both give the same examples in the same order, a function of (seed, step, process).
 """
 
-import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import jax
@@ -66,16 +65,21 @@ def make_feeding(
 
 
 class Streamed:
-    """Batches that threads make ahead, of one step each, in order."""
+    """Batches that threads make ahead, from now on, of one step each, in order."""
 
     def __init__(self, plan: Plan, source: Source, stages: Stages, start_step: int) -> None:
-        self._batches = _batches(plan, source, stages, start_step)
+        self._phases = _batches_of_phases(plan, source, stages, start_step)
+        self._batches = next(self._phases)
         self._stages = stages
         self._sharding = batch_sharding(plan.mesh)
 
     def fetch(self, step: int, count: int) -> Batch:
         del step, count  # the next, and 1
-        batch = next(self._batches)
+        batch = next(self._batches, None)
+        if batch is None:  # the phase has ended
+            self._batches.close()
+            self._batches = next(self._phases)
+            batch = next(self._batches)
         with self._stages.measure(COPYING):
             return to_devices(batch, self._sharding)
 
@@ -83,14 +87,16 @@ class Streamed:
         self._batches.close()
 
 
-def _batches(plan: Plan, source: Source, stages: Stages, start_step: int) -> BatchIterator:
-    """Yields this process's part of each step's batch, in the size of the step's phase."""
+def _batches_of_phases(
+    plan: Plan, source: Source, stages: Stages, start_step: int
+) -> Iterator[BatchIterator]:
+    """Yields each phase's batches, this process's part of them, in the size of the phase."""
     config = plan.config
     ends = [*(phase.first_step for phase in plan.phases[1:]), plan.total_steps]
     for phase, end in zip(plan.phases, ends, strict=True):
-        if start_step >= end:
+        if start_step >= end != plan.total_steps:
             continue
-        batches = train_batches(
+        yield train_batches(
             _of_size(source, phase),
             batch_size=config.batch_size,
             seed=config.seed,
@@ -102,8 +108,6 @@ def _batches(plan: Plan, source: Source, stages: Stages, start_step: int) -> Bat
             prefetch=config.data.prefetch,
             stages=stages,
         )
-        with contextlib.closing(batches):
-            yield from batches
 
 
 def _of_size(source: Source, phase: Phase) -> Source:

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import itertools
+import threading
 from pathlib import Path
 
 import jax
@@ -188,3 +189,17 @@ def test_the_plan_says_how_images_come():
     assert "up to 5 steps a call" in plan(("steps_per_call", "5")).describe()
     streamed = plan(("data.residency", "host")).describe()
     assert "feeding    streamed, 4 batches ahead by 2 threads" in streamed
+
+
+def test_streamed_batches_are_made_before_they_are_asked_for(monkeypatch):
+    """While the programs are compiled."""
+    asked = threading.Event()
+    batch_of = MemorySource.batch
+
+    def batch(self, *arguments):
+        asked.set()
+        return batch_of(self, *arguments)
+
+    monkeypatch.setattr(MemorySource, "batch", batch)
+    with contextlib.closing(make_feeding(plan(("data.residency", "host")), source())(0)):
+        assert asked.wait(30)

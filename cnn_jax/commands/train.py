@@ -106,8 +106,8 @@ def train(
             distributed.stop_signals() as stop,
             claim(directory) as confirm,
             distributed.explained(),
+            Watchdog(step_timeout) as watchdog,
         ):
-            watchdog = Watchdog(step_timeout)
             return _train_in(
                 directory, confirm, plan, clock, stop, watchdog, compiled, accept_config_changes
             )
@@ -247,7 +247,12 @@ class _Training:
             self.key = plan.make_key()
             if self.step:
                 self._remember(checkpoints.record().get("faults", {}))
-            self.programs, self.clock.seconds["compiling"] = wait()
+            self.feeding = self.feed(self.step)  # while the programs are compiled
+            try:
+                self.programs, self.clock.seconds["compiling"] = wait()
+            except BaseException:
+                self.feeding.close()
+                raise
             self.eval_step = self.programs["evaluation"]
             self.stages.clear()  # of what the fingerprint has read
         self.progress = Progress(plan.total_steps, first_step=self.step)
@@ -256,7 +261,7 @@ class _Training:
         """Trains to the last step; returns the exit code."""
         self.stop.defer()
         try:
-            with self.watchdog, self.clock.measure("training"):
+            with self.watchdog.watching(), self.clock.measure("training"):
                 self._train()
             self.clock.seconds["training"] -= sum(
                 self.clock.seconds[part] for part in ("evaluating", "saving")
@@ -313,10 +318,10 @@ class _Training:
     def _train_from_here(self) -> None:
         plan = self.plan
         self.window_start = time.perf_counter()
-        if plan.evaluates_after(self.step) and not _is_evaluated(self.metrics, self.step):
-            self._evaluate()
-            self._save()
-        with contextlib.closing(self.feed(self.step)) as feeding:
+        with contextlib.closing(self.feeding) as feeding:
+            if plan.evaluates_after(self.step) and not _is_evaluated(self.metrics, self.step):
+                self._evaluate()
+                self._save()
             while self.step < plan.total_steps:
                 count = self._steps_of_call()
                 self._call(self._fetch(feeding, count), count)
@@ -391,7 +396,7 @@ class _Training:
             return
         self.unexplained = None
         faults = self.plan.config.faults
-        with self.watchdog.paused():  # it compiles
+        with self.watchdog.watching(False):  # it compiles
             step_alone = self.plan.phase_of(self.step).step
             batch = gathered(batch) if self.plan.resident else batch
             place = first_not_finite(step_alone, before, batch, self.key)
@@ -412,11 +417,12 @@ class _Training:
         self.progress.say(f"{error}: going back to step {good} to find where it begins")
         self.watched_until, self.unexplained = self.step, error
         self.step = good
-        with self.watchdog.paused():
+        with self.watchdog.watching(False):
             restore, make = self.checkpoints.restore, self.plan.make_state
             self.state = restore(self.plan.state) if good else make()
         self.metrics.rewind(good)
         self.window.clear()
+        self.feeding = self.feed(good)
 
     def _fetch(self, feeding: Feeding, count: int) -> Batch:
         """Returns the next batch, on the devices; its time counts while they have nothing to do."""

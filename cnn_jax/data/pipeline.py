@@ -3,9 +3,9 @@
 So a run resumes from its step number and nothing else, on any number of processes or threads.
 """
 
-import contextlib
 import functools
-from collections.abc import Callable, Generator
+from collections.abc import Callable
+from typing import Protocol
 
 import numpy as np
 
@@ -14,8 +14,15 @@ from cnn_jax.data.sources import Source
 from cnn_jax.data.stages import BATCHING, Stages
 from cnn_jax.errors import UserError
 
-BatchIterator = Generator[dict[str, np.ndarray], None, None]
-"""Yields batches; `close()` stops the threads that prepare the next ones."""
+
+class BatchIterator(Protocol):
+    """Batches that threads make ahead, from when it is made on; `close()` stops the threads."""
+
+    def __iter__(self) -> "BatchIterator": ...
+
+    def __next__(self) -> dict[str, np.ndarray]: ...
+
+    def close(self) -> None: ...
 
 
 @functools.lru_cache(maxsize=4)
@@ -173,5 +180,6 @@ def _iterate(
     options = grain.ReadOptions(
         num_threads=num_threads, prefetch_buffer_size=max(prefetch, num_threads)
     )
-    with contextlib.closing(iter(batches.to_iter_dataset(options))) as iterator:
-        yield from iterator
+    iterator = iter(batches.to_iter_dataset(options))
+    iterator.start_prefetch()
+    return iterator

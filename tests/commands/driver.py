@@ -125,12 +125,12 @@ class Trainer:
     ) -> list[Child]:
         """Returns the two processes of a run; `of_each` may give flags and options of each."""
         place = [f"--coordinator=127.0.0.1:{free_port()}", "--num-processes=2"]
-        patience = "--peer-timeout=30"
+        flags = ("--peer-timeout=30", *flags)
         children = []
         for index, own in enumerate(of_each):
             options = {"environment": environment, **own}
             own_flags = options.pop("flags", ())
-            told = [*place, f"--process-id={index}", patience]
+            told = [*place, f"--process-id={index}"]
             children.append(self.start(workdir, *flags, *told, *own_flags, **options))
         return children
 

@@ -21,6 +21,7 @@ from driver import (
 
 from cnn_jax.runtime.platform import RESTART
 
+SOON = "--peer-timeout=15"
 UNCACHED = {"JAX_ENABLE_COMPILATION_CACHE": "false", "JAX_LOG_COMPILES": "1"}
 
 
@@ -102,7 +103,7 @@ def test_when_one_process_is_killed_the_other_ends_and_a_restart_is_exact(
     moments = [("step 6/24", 0.1), (is_saving(workdir), 0.0), ("test loss", 0.3)]
     for moment, delay in moments:
         saved = saved_steps(workdir)
-        children = trainer.start_two(workdir)
+        children = trainer.start_two(workdir, SOON)
         if saved:
             children[0].wait_for(f"going on from step {saved[-1]} of 24")
         children[0].wait_for(moment)
@@ -112,7 +113,7 @@ def test_when_one_process_is_killed_the_other_ends_and_a_restart_is_exact(
         code = other.end()
         if victim:
             assert code == RESTART, other.output
-            assert "process 1 of 2 is gone: no sign of life for 30 s" in other.output
+            assert "process 1 of 2 is gone: no sign of life for 15 s" in other.output
         else:  # in JAX's own words: its service has ended with process 0
             assert code not in (0, 1, 143), other.output
             assert "This most likely indicates that another task died" in other.output
@@ -123,7 +124,7 @@ def test_when_one_process_is_killed_the_other_ends_and_a_restart_is_exact(
 
 @pytest.mark.slow
 def test_a_kill_while_the_other_compiles_ends_both(trainer, tmp_path):
-    children = trainer.start_two(tmp_path / "run", environment=UNCACHED)
+    children = trainer.start_two(tmp_path / "run", SOON, environment=UNCACHED)
     children[0].wait_for("Compiling jit(step)")
     children[1].kill()
     assert children[0].end() == RESTART, children[0].output

@@ -6,6 +6,7 @@ from typing import Any
 
 from cnn_jax.cli.arguments import (
     add_command,
+    add_ema,
     existing_directory,
     positive,
     refuse_overrides,
@@ -53,6 +54,7 @@ def add(commands: Any) -> None:
         metavar="WHICH",
         help="with --workdir: last, best (by test accuracy) or a step (default: last)",
     )
+    add_ema(parser)
     parser.add_argument(
         "--host", default="127.0.0.1", help="address (default: 127.0.0.1, this machine alone)"
     )
@@ -98,8 +100,9 @@ def add(commands: Any) -> None:
 def run(options: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> int:
     """Returns the exit code of the command."""
     refuse_overrides(options, overrides)
-    if options.checkpoint and not options.workdir:
-        options.parser.error("--checkpoint: only with --workdir")
+    for flag, given in (("--checkpoint", options.checkpoint), ("--ema", options.ema)):
+        if given and not options.workdir:
+            options.parser.error(f"{flag}: only with --workdir")
     if options.max_waiting < options.max_batch:
         options.parser.error(
             f"--max-waiting {options.max_waiting}: must be at least --max-batch "
@@ -120,6 +123,7 @@ def run(options: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> in
         workdir=options.workdir,
         model=options.model,
         checkpoint=options.checkpoint or "last",
+        ema=options.ema,
         host=options.host,
         port=options.port,
         limits=limits,

@@ -16,6 +16,7 @@ def serve(
     workdir: str | Path | None = None,
     model: str | Path | None = None,
     checkpoint: str = "last",
+    ema: bool = False,
     host: str = "127.0.0.1",
     port: int = 8000,
     limits: Limits = DEFAULTS,
@@ -32,6 +33,7 @@ def serve(
       workdir: directory of a run; or else
       model: a file that `export` has written, for which there is no Grad-CAM.
       checkpoint: of the run: "last", "best" or a step.
+      ema: take the moving averages of the run's weights.
       host: the address to listen at; by default only this machine can reach it.
       port: 0 is any that is free; the address is printed.
       limits: what it takes on; see `Limits`.
@@ -50,7 +52,7 @@ def serve(
             f'serve needs {error.name}, which is not installed: pip install "cnn_jax[serve]"'
         ) from error
     network = (
-        network_of_run(str(workdir), checkpoint=checkpoint)
+        network_of_run(str(workdir), checkpoint=checkpoint, ema=ema)
         if model is None
         else network_of_file(model)
     )

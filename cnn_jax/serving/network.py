@@ -40,10 +40,17 @@ class Network:
 
 
 def network_of_run(
-    workdir: str | Path, *, checkpoint: str, log: Callable[[str], None] = print
+    workdir: str | Path,
+    *,
+    checkpoint: str,
+    ema: bool = False,
+    log: Callable[[str], None] = print,
 ) -> Network:
-    """Returns the network of a run; UserError for a run that cannot be read."""
-    run = open_run(workdir, checkpoint=checkpoint, log=log)
+    """Returns the network of a run, with `ema` that of its averaged weights.
+
+    Raises UserError for a run that cannot be read, or has none.
+    """
+    run = open_run(workdir, checkpoint=checkpoint, ema=ema, log=log)
     manifest = run.directory / "checkpoints" / str(run.step) / MANIFEST
 
     def compile_probabilities(batch_size: int) -> Program:
@@ -54,6 +61,7 @@ def network_of_run(
         "model": run.config.model.name,
         "data": run.config.data.name,
         "step": run.step,
+        "ema": run.ema,
         "digest": hashlib.sha256(manifest.read_bytes()).hexdigest(),
         "preprocessing": run.preprocessing,
     }
@@ -71,7 +79,7 @@ def network_of_file(path: str | Path) -> Network:
     """Returns the network of an exported file; UserError for one that cannot be read."""
     exported = open_exported(path)
     names = tuple(exported.about["class_names"])
-    known = {key: exported.about[key] for key in ("model", "data", "step", "preprocessing")}
+    known = {key: exported.about[key] for key in ("model", "data", "step", "ema", "preprocessing")}
     about = _described(known | {"digest": exported.digest}, names, exported.image_shape)
     return Network(about, names, exported.image_shape, exported.compile_probabilities)
 

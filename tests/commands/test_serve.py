@@ -148,7 +148,7 @@ def test_what_is_served(server, reference):
     assert said["class_names"] == list(run.class_names)
     assert said["image"] == {"height": 28, "width": 28, "channels": 1}
     assert said["preprocessing"]["mean"] == [0.2860]
-    assert (said["step"], said["explains"]) == (24, True)
+    assert (said["step"], said["ema"], said["explains"]) == (24, False, True)
     assert len(said["digest"]) == 64
     assert said["limits"]["max_body"] == 2**20
     assert server.ask("GET", "/healthz").json == {"status": "alive"}
@@ -523,6 +523,7 @@ def test_mistakes_have_one_message(reference, tmp_path, capsys, monkeypatch):
     assert "one of the arguments --workdir --model is required" in refused(2)
     assert "not allowed with" in refused(2, run, "--model=x")
     assert "--checkpoint: only with --workdir" in refused(2, "--model=x", "--checkpoint=best")
+    assert "--ema: only with --workdir" in refused(2, "--model=x", "--ema")
     assert "must be an integer from 0 to 65535" in refused(2, run, "--port=70000")
     assert "from 1 to 89" in refused(2, run, "--max-pixels=90")
     assert "--max-waiting 3: must be at least --max-batch 32" in refused(2, run, "--max-waiting=3")

@@ -11,6 +11,7 @@ from PIL import Image
 
 from cnn_jax.__main__ import main
 from cnn_jax.data.sources import open_source
+from cnn_jax.serving.network import network_of_run
 from cnn_jax.trained import open_run
 
 CLASSES = ("cat", "dog", "eel")
@@ -84,6 +85,15 @@ def test_evaluate_takes_the_weights_or_their_averages(run, images, tmp_path, ema
     trained = read_metrics(run)[-1]  # what the trainer said, by another program
     assert found["loss"] == pytest.approx(trained["test/loss" + "_ema" * ema], rel=1e-5)
     assert trained["test/loss"] != pytest.approx(trained["test/loss_ema"], rel=1e-3)
+
+
+def test_averages_are_served(run, images):
+    test = open_source("folder", "test", source_dir=str(images), crops=crops()).batch(np.arange(4))
+    network = network_of_run(run, checkpoint="last", ema=True)
+    assert (network.about["ema"], network.about["step"]) == (True, 6)
+    powers = np.exp(expected_logits(run, test["image"], ("ema",)))
+    found = np.asarray(network.compile(4)(test["image"]))
+    np.testing.assert_allclose(found, powers / powers.sum(axis=1, keepdims=True), rtol=1e-5)
 
 
 def crops():

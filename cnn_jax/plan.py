@@ -542,6 +542,11 @@ def make_model(
     )
 
 
+def as_evaluated(model: Any, config: Config) -> Any:
+    """Returns the model, or the mean over an image and its mirror image where `config` has that."""
+    return FlipAveraged(model) if config.eval.average_flips else model
+
+
 def make_plan(config: Config, *, devices: Sequence[Any] | None = None) -> Plan:
     """Returns the plan of the run that `config` describes.
 
@@ -635,7 +640,7 @@ def make_plan(config: Config, *, devices: Sequence[Any] | None = None) -> Plan:
         phases.append(Phase(phase_name(side), first_step, smaller, step_on(side)))
         first_step = steps_of(epochs)
     phases.append(Phase("train", first_step, shape, step_on(None)))
-    evaluated = FlipAveraged(model) if config.eval.average_flips else model
+    evaluated = as_evaluated(model, config)
     return Plan(
         config=config,
         dataset=dataset,

@@ -15,7 +15,7 @@ from cnn_jax.data.datasets import DatasetInfo
 from cnn_jax.data.sources import Source, open_source
 from cnn_jax.errors import UserError
 from cnn_jax.models.torch_weights import from_variables
-from cnn_jax.plan import decisive, make_model, source_options
+from cnn_jax.plan import as_evaluated, decisive, make_model, source_options
 from cnn_jax.runtime.checkpoint import find_damage
 from cnn_jax.runtime.compiler import compile_program, compiler_settings
 from cnn_jax.runtime.programs import kept
@@ -96,10 +96,14 @@ class Trained:
         return source
 
     def compile_logits(self, batch_size: int) -> Callable[[RawImages], jax.Array]:
-        """Returns a compiled function of `batch_size` uint8 images: float32 logits [b, k]."""
+        """Returns a compiled function of `batch_size` uint8 images: float32 logits [b, k].
+
+        They are those that the run's test figures are of.
+        """
+        model = as_evaluated(self.model, self.config)
 
         def logits(variables: Any, images: Images) -> jax.Array:
-            return self.model.apply(variables, images, train=False)
+            return model.apply(variables, images, train=False)
 
         return self.compile("logits", logits, batch_size)
 

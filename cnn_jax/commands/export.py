@@ -18,6 +18,7 @@ import numpy as np
 from cnn_jax.errors import UserError
 from cnn_jax.exported import DESCRIPTION, PROGRAM
 from cnn_jax.models.folding import fold_batch_norms
+from cnn_jax.plan import as_evaluated
 from cnn_jax.runtime.compiler import WITHOUT_FUSED_REDUCTIONS
 from cnn_jax.runtime.files import write_atomically
 from cnn_jax.runtime.platform import versions
@@ -145,8 +146,10 @@ def _probabilities(run: Trained) -> tuple[Callable[[RawImages], jax.Array], bool
     image = jax.ShapeDtypeStruct((1, *shape), jnp.dtype(run.config.precision))
     model, variables = fold_batch_norms(run.model, run.variables, image)
 
+    evaluated = as_evaluated(model, run.config)
+
     def probabilities(images: RawImages) -> jax.Array:
-        logits: Any = model.apply(variables, run.normalize(images), train=False)
+        logits: Any = evaluated.apply(variables, run.normalize(images), train=False)
         return jax.nn.softmax(logits)
 
     return probabilities, model is not run.model

@@ -11,7 +11,7 @@ from PIL import Image
 
 from cnn_jax.__main__ import main
 from cnn_jax.data.sources import open_source
-from cnn_jax.serving.network import network_of_run
+from cnn_jax.serving.network import network_of_file, network_of_run
 from cnn_jax.trained import open_run
 
 CLASSES = ("cat", "dog", "eel")
@@ -85,6 +85,24 @@ def test_evaluate_takes_the_weights_or_their_averages(run, images, tmp_path, ema
     trained = read_metrics(run)[-1]  # what the trainer said, by another program
     assert found["loss"] == pytest.approx(trained["test/loss" + "_ema" * ema], rel=1e-5)
     assert trained["test/loss"] != pytest.approx(trained["test/loss_ema"], rel=1e-3)
+
+
+def test_a_run_evaluated_on_mirror_images_too_is_used_on_them_too(run, images, tmp_path):
+    copy, model = shutil.copytree(run, tmp_path / "run"), tmp_path / "model.zip"
+    config = json.loads((copy / "config.json").read_text())
+    config["eval"]["average_flips"] = True
+    (copy / "config.json").write_text(json.dumps(config))
+    test = open_source("folder", "test", source_dir=str(images), crops=crops()).batch(np.arange(4))
+    there, back = (
+        expected_logits(run, each, ()) for each in (test["image"], test["image"][:, :, ::-1])
+    )
+    assert np.abs(there - back).max() > 1e-3
+    powers = np.exp((there + back) / 2)
+    expected = powers / powers.sum(axis=1, keepdims=True)
+    assert main(["export", f"--workdir={copy}", f"--to={model}"]) == 0
+    for network in (network_of_run(copy, checkpoint="last"), network_of_file(model)):
+        found = np.asarray(network.compile(4)(test["image"]))
+        np.testing.assert_allclose(found, expected, rtol=2e-5)
 
 
 def test_averages_are_served(run, images):

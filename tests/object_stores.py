@@ -1,6 +1,7 @@
 """Object stores on this machine: moto for S3, gcp-storage-emulator for Google Cloud Storage."""
 
 import contextlib
+import functools
 import os
 import socket
 import threading
@@ -16,9 +17,9 @@ BUCKET = "bucket"
 Environment = dict[str, str]
 
 
-@contextlib.contextmanager
-def s3() -> Iterator[tuple[str, Environment]]:
-    """Gives the URL of a bucket, and the environment in which it is found, this process's too."""
+@functools.cache
+def _s3_address() -> str:
+    """Starts the process's server: clients are kept with its address, so there is but one."""
     with warnings.catch_warnings(action="ignore"):
         from moto.server import ThreadedMotoServer
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
@@ -26,17 +27,20 @@ def s3() -> Iterator[tuple[str, Environment]]:
     host, port = server.get_host_and_port()
     address = f"http://{host}:{port}"
     urllib.request.urlopen(urllib.request.Request(f"{address}/{BUCKET}", method="PUT")).close()
+    return address
+
+
+@contextlib.contextmanager
+def s3() -> Iterator[tuple[str, Environment]]:
+    """Gives the URL of a bucket, and the environment in which it is found, this process's too."""
     environment = {
-        "AWS_ENDPOINT_URL": address,
+        "AWS_ENDPOINT_URL": _s3_address(),
         "AWS_ACCESS_KEY_ID": "anyone",
         "AWS_SECRET_ACCESS_KEY": "anything",
         "AWS_DEFAULT_REGION": "us-east-1",
     }
-    try:
-        with _set(environment):
-            yield f"s3://{BUCKET}", environment
-    finally:
-        server.stop()
+    with _set(environment):
+        yield f"s3://{BUCKET}", environment
 
 
 @contextlib.contextmanager

@@ -126,7 +126,7 @@ def test_the_summary_names_what_is_written(train_here, complete):
 def test_a_slow_source_is_waited_for(train_here, tmp_path, monkeypatch):
     from cnn_jax import feeding
 
-    pause = 0.2
+    pause = 1.0
 
     class SlowSource:
         def __init__(self, *arguments, **keywords):
@@ -137,7 +137,8 @@ def test_a_slow_source_is_waited_for(train_here, tmp_path, monkeypatch):
             return len(self.source)
 
         def batch(self, indices, epochs=None):
-            time.sleep(pause)
+            if len(indices) == 64:  # of a step
+                time.sleep(pause)
             return self.source.batch(indices, epochs)
 
     monkeypatch.setattr(feeding, "open_source", SlowSource)
@@ -146,6 +147,7 @@ def test_a_slow_source_is_waited_for(train_here, tmp_path, monkeypatch):
     assert code == 0, output
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     waiting = summary["seconds"]["waiting for data"]
-    assert waiting >= pause, "nothing is under way before the first batch"
+    # Four of the eight batches are made before the first step; of the others two at a time.
+    assert waiting >= pause / 2
     assert summary["limited_by"] == "batching"
     assert "batching limits), evaluating" in output

@@ -14,6 +14,7 @@ import jax.export
 import jax.numpy as jnp
 
 from cnn_jax.errors import UserError
+from cnn_jax.runtime.programs import kept
 from cnn_jax.typing import RawImages
 
 PROGRAM, DESCRIPTION = "model.stablehlo", "model.json"
@@ -49,11 +50,22 @@ class ExportedFile:
         """
         images = jax.ShapeDtypeStruct((batch_size, *self.image_shape), jnp.uint8)
         options = self.about["compiler_options"].get(jax.default_backend(), {})
-        try:
-            lowered = jax.jit(self.program.call).lower(images)
-        except ValueError as error:
-            raise UserError(f"{self.path}: {error}") from error
-        return lowered.compile(compiler_options=options)
+
+        def make() -> jax.stages.Compiled:
+            try:
+                lowered = jax.jit(self.program.call).lower(images)
+            except ValueError as error:
+                raise UserError(f"{self.path}: {error}") from error
+            return lowered.compile(compiler_options=options)
+
+        return kept(
+            "exported",
+            make,
+            arguments={"images": images},
+            devices=jax.local_devices()[:1],
+            options=options,
+            decided_by={"file": self.digest},
+        )
 
 
 def open_exported(path: str | Path) -> ExportedFile:

@@ -62,3 +62,23 @@ def test_evaluate_traces_once(reference, environment, tmp_path):
         assert ("Finished tracing of_pixels for jit" in process.stderr) == (name == "traced")
         scores.append(path.read_text())
     assert scores[0] == scores[1]
+
+
+def test_an_exported_file_is_compiled_once(reference, environment, tmp_path):
+    model = tmp_path / "model.zip"
+    options = {"cwd": ROOT, "env": os.environ | {"JAX_NUM_CPU_DEVICES": "1"} | environment}
+    command = [sys.executable, "-m", "cnn_jax"]
+    subprocess.run([*command, "export", f"--workdir={reference}", f"--to={model}"], **options)
+    serve = [*command, "serve", f"--model={model}", "--port=0", "--max-batch=2"]
+    for name in ("compiled", "kept"):
+        with subprocess.Popen(
+            serve, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options
+        ) as process:
+            lines = []
+            for line in process.stdout:
+                lines.append(line)
+                if line.startswith("ready"):
+                    process.terminate()
+        assert process.returncode == 0, lines
+        traced = sum("Finished tracing call for jit" in line for line in lines)
+        assert traced == (2 if name == "compiled" else 0), lines

@@ -16,6 +16,7 @@ def trainer(tmp_path_factory):
     of_all = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base  # what workers share
     environment = {
         "JAX_NUM_CPU_DEVICES": "1",
+        "PYTHONFAULTHANDLER": "1",
         "JAX_COMPILATION_CACHE_DIR": str(of_all / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }

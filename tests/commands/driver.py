@@ -79,7 +79,13 @@ class Child:
 
     def end(self) -> int:
         """Returns the exit code when the process has ended, as a shell would give it."""
-        code = self._process.wait(HANG)
+        try:
+            code = self._process.wait(HANG)
+        except subprocess.TimeoutExpired:
+            self.send(signal.SIGABRT)  # PYTHONFAULTHANDLER says where each thread is
+            self._process.wait(HANG)
+            self._reader.join(HANG)
+            raise AssertionError(f"hung for {HANG} s\n{self.output}") from None
         self._reader.join(HANG)
         return code if code >= 0 else 128 - code
 

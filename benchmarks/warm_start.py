@@ -3,10 +3,10 @@
     python benchmarks/warm_start.py
 
 For each configuration, command and repeat there is an empty cache: the command compiles into it and
-starts again. `compiling` is the time from the first program that is asked for
-until the last is there, tracing included: for `train` that of its summary, for the others the sum
-of their programs, of which `serve` has one for each size of a batch and one for the evidence, and
-is told to stop when it is ready. `whole` is the time of the process. The target is a warm start of
+starts again. `compiling` is the time from the first program that is asked for until the last is
+there, tracing included: for `train` that of its summary, for the others the sum of their programs,
+of which `serve` has one for each size of a batch and one for the evidence, and is told to stop
+when it is ready. `whole` is the time of the process. The target is a warm start of
 at most 10 % of the cold one's compiling. The result is kept in benchmarks/results/warm_start.json.
 """
 

@@ -94,7 +94,7 @@ def _batches_of_phases(
     config = plan.config
     ends = [*(phase.first_step for phase in plan.phases[1:]), plan.total_steps]
     for phase, end in zip(plan.phases, ends, strict=True):
-        if start_step >= end != plan.total_steps:
+        if start_step >= end and phase is not plan.phases[-1]:  # the last may have no step left
             continue
         yield train_batches(
             _of_size(source, phase),

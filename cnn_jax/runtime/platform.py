@@ -41,6 +41,8 @@ class StopSignals:
     """Turns SIGINT and SIGTERM into a wish to stop, while it is entered.
 
     Until `defer` is called a signal raises `Interrupted` at once: there is nothing to save yet.
+    Other code may make another error of it, as the import of a compiled module does; leaving this,
+    it is `Interrupted` again.
     Afterwards it is kept for `check`, so that a step or a save is never torn. A second
     SIGINT raises KeyboardInterrupt wherever the program is.
     """
@@ -63,6 +65,8 @@ class StopSignals:
     ) -> None:
         for signum, handler in self._previous.items():
             signal.signal(signum, handler)  # pyright: ignore[reportArgumentType]
+        if self.received is not None and not self._deferring and isinstance(error, Exception):
+            raise Interrupted(self.received) from error
 
     def defer(self) -> None:
         """From now on, keeps a signal for `check`."""

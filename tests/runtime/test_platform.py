@@ -55,3 +55,28 @@ def test_versions_and_devices_are_named():
     found = versions()
     assert {"python", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint"} <= found.keys()
     assert describe_devices() == f"8 x cpu (cpu), jax {found['jax']}"
+
+
+def initialize_a_compiled_module(signum=None):
+    """Turns whatever it meets into its own error, as such initialisers do."""
+    try:
+        if signum is not None:
+            send(signum)
+    except BaseException as error:
+        raise ImportError("initialization failed") from error
+    raise ImportError("no such thing")
+
+
+def test_what_other_code_makes_of_an_interruption_is_one_all_the_same():
+    with pytest.raises(Interrupted, match="SIGTERM") as caught, StopSignals():
+        initialize_a_compiled_module(signal.SIGTERM)
+    assert isinstance(caught.value.__cause__, ImportError)
+
+
+@pytest.mark.parametrize("signum", [None, signal.SIGTERM])
+def test_other_errors_stay_what_they_are(signum):
+    """A signal that is kept for `check` has not caused them."""
+    stop = StopSignals()
+    stop.defer()
+    with pytest.raises(ImportError, match="no such thing"), stop:
+        initialize_a_compiled_module(signum)

@@ -149,6 +149,7 @@ def compile_one(variant: Variant, topology: Topology, step: str, options: Option
             "step": step,
             "label": label,
             "report": str(report),
+            "parent": os.getpid(),
             "dump": options.dump and str(options.dump),
             "plot": options.plot and str(options.plot),
             "save": options.save and str(options.save),

@@ -33,8 +33,8 @@ SECONDS_PER_LAUNCH = {"cuda": 2e-6, "tpu": 0.0}
 
 def main() -> int:
     """Compiles what the request asks for; returns 0, or 1 with the error in the report."""
-    threading.Thread(target=_end_with, args=[os.getppid()], daemon=True).start()
     request = json.load(sys.stdin)
+    threading.Thread(target=_end_with, args=[request["parent"]], daemon=True).start()
     report = Path(request["report"])
     try:
         answer = compile_step(request)

@@ -162,6 +162,12 @@ def run(options: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> in
     if options.save:
         if options.max_batch or len(variants) * len(topologies) > 1:
             return options.parser.error("--save: takes one topology and one configuration")
+        if topologies[0].platform == "cuda":
+            return options.parser.error(
+                f"--save: a program for {topologies[0].name} would fail there: cuDNN chooses how "
+                "to compute convolutions by trying it on the GPU. Train on one without --compiled: "
+                "the second start of a run finds what the first has compiled"
+            )
         for step in command.programs(variants[0].values, steps):
             for path in filter(Path.exists, saved_files(options.save, step)):
                 return options.parser.error(f"--save: {path} is already there")

@@ -172,8 +172,9 @@ ACCELERATORS: dict[str, Accelerator] = {
     "h200": Accelerator(
         kind="NVIDIA H200",
         platform="cuda",
-        # What CUDA shows of the 141 GB; XLA's own description has 141 GiB, more than there is.
-        memory=int(139.8 * GIB),
+        # As a card shows them (jax 0.11.2, driver 580.159.04); XLA's own description has 141 GiB
+        # and the cache of an H100.
+        memory=150_109_880_320,
         memory_bandwidth=4.8e12,
         bfloat16_rate=989.4e12,
         float16_rate=989.4e12,
@@ -181,7 +182,7 @@ ACCELERATORS: dict[str, Accelerator] = {
         links=18,
         link_bandwidth=25e9,
         devices_per_host=8,
-        gpu=HOPPER,
+        gpu=dataclasses.replace(HOPPER, l2_cache=60 * 2**20),
         sources=(
             "NVIDIA H200 Tensor Core GPU (SXM), https://www.nvidia.com/en-us/data-center/h200/",
             f"{XLA}/h200.txtpb",

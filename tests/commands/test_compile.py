@@ -183,6 +183,13 @@ def test_mistakes_in_comparing_configurations(arguments, message, two_configurat
     assert message in capsys.readouterr().err
 
 
+def test_programs_for_a_gpu_are_not_saved(tmp_path, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(["compile", CONFIG, "--topology=h200", f"--save={tmp_path}"])
+    assert exit_.value.code == 2
+    assert "a program for h200:1 would fail there: cuDNN" in capsys.readouterr().err
+
+
 def test_what_cannot_be_compared(two_configurations, tmp_path, capsys):
     before, _ = two_configurations
     report = str(tmp_path / "report.json")
@@ -429,9 +436,9 @@ def test_directories_are_made_before_anything_is_compiled(tmp_path, monkeypatch)
         )
 
 
-@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGKILL])
-def test_no_compiler_outlives_the_command(stop, tmp_path):
-    """Whichever way that ends; the child is one that compiles for long."""
+@pytest.mark.parametrize(("stop", "seconds"), [(signal.SIGTERM, 3), (signal.SIGKILL, 0.5)])
+def test_no_compiler_outlives_the_command(stop, seconds, tmp_path):
+    """Whichever way that ends, once the child compiles, which takes long, or while it starts."""
     network = ["--config.model.name=cbam_resnet50", "--config.model.stem=small"]
     parent = subprocess.Popen(
         [sys.executable, "-m", "cnn_jax", "compile", CONFIG, *network, "--topology=cpu:1"],
@@ -446,7 +453,7 @@ def test_no_compiler_outlives_the_command(stop, tmp_path):
         assert time.monotonic() < deadline
         assert parent.poll() is None
         time.sleep(0.05)
-    time.sleep(3)  # until its imports are done
+    time.sleep(seconds)
     parent.send_signal(stop)
     code = parent.wait(60)
     assert code == (128 + stop if stop == signal.SIGTERM else -stop)
@@ -454,6 +461,7 @@ def test_no_compiler_outlives_the_command(stop, tmp_path):
     while Path("/proc", found[0]).exists() and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not Path("/proc", found[0]).exists()
+    assert not list(tmp_path.rglob("report.json"))
     if stop == signal.SIGTERM:
         assert list(tmp_path.iterdir()) == []
 

@@ -1,4 +1,4 @@
-"""1x1 convolutions: matrix products of the same numbers on the CPU, unchanged elsewhere."""
+"""Convolutions written otherwise where a platform gains by it: the same numbers."""
 
 import jax
 import jax.export
@@ -6,20 +6,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from cnn_jax.models import convolution
 from cnn_jax.models.convolution import CHANNELS_LAST, convolve
 from cnn_jax.models.layers import ConvBlock
 
 VALID = [(0, 0), (0, 0)]
 
 
-def lowered_for(platform, strides, padding=VALID, kernel_size=1, **arguments):
+def lowered_for(platform, strides, padding=VALID, kernel_size=1, size=8, **arguments):
     arguments = {"dimension_numbers": CHANNELS_LAST, **arguments}
     channels = 4 // arguments.get("feature_group_count", 1)
 
     def call(x, kernel):
         return convolve(x, kernel, strides, padding, **arguments)
 
-    shapes = [(2, 8, 8, 4), (kernel_size, kernel_size, channels, 6)]
+    shapes = [(2, size, 8, 4), (kernel_size, kernel_size, channels, 6)]
     shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
     return jax.jit(call).trace(*shapes).lower(lowering_platforms=(platform,)).as_text()
 
@@ -85,6 +86,90 @@ def test_one_exported_program_has_what_each_platform_takes():
 )
 def test_what_is_no_product_stays_a_convolution(arguments):
     assert "stablehlo.convolution" in lowered_for("cpu", (1, 1), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("kernel_size", "strides", "padding", "channels"),
+    [
+        (7, (2, 2), ((3, 3), (3, 3)), 3),  # the stem of ResNet
+        (3, (2, 2), ((1, 1), (1, 1)), 3),
+        (5, (2, 2), ((2, 0), (1, 3)), 1),
+        (4, (4, 4), ((0, 0), (0, 0)), 1),  # the stem of ConvNeXt, of one channel
+        (2, (2, 1), ((0, 1), (1, 0)), 3),
+        (1, (2, 2), ((1, 1), (1, 1)), 2),
+    ],
+)
+def test_pixels_of_a_stride_as_channels_are_the_same_convolution(
+    kernel_size, strides, padding, channels
+):
+    """By a loop over places of the kernel, which knows nothing of blocks; gradients by transposing.
+
+    What no output sees, as the last row of an even image, gets a gradient of zero.
+    """
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(2, 12, 16, channels))
+    kernel = rng.normal(size=(kernel_size, kernel_size, channels, 5))
+    padded = np.pad(x, ((0, 0), *padding, (0, 0)))
+    height, width = ((padded.shape[1 + i] - kernel_size) // strides[i] + 1 for i in (0, 1))
+
+    def seen(image, row, column):
+        rows, columns = (
+            slice(start, start + (count - 1) * stride + 1, stride)
+            for start, count, stride in zip((row, column), (height, width), strides, strict=True)
+        )
+        return image[:, rows, columns]
+
+    places = [(row, column) for row in range(kernel_size) for column in range(kernel_size)]
+    expected = sum(seen(padded, *place) @ kernel[place] for place in places)
+    cotangent = rng.normal(size=expected.shape)
+    of_padded, of_kernel = np.zeros_like(padded), np.zeros_like(kernel)
+    for place in places:
+        view = seen(of_padded, *place)
+        view += cotangent @ kernel[place].T
+        of_kernel[place] = np.einsum("nhwc,nhwd->cd", seen(padded, *place), cotangent)
+    (top, _), (left, _) = padding
+    of_x = of_padded[:, top : 12 + top, left : 16 + left]
+
+    def by_blocks(x, kernel):
+        blocks, taps, sides = convolution.by_blocks(x, kernel, strides, padding)
+        assert blocks.shape[-1] == 16
+        return jax.lax.conv_general_dilated(
+            blocks, taps, (1, 1), sides, dimension_numbers=CHANNELS_LAST
+        )
+
+    with jax.enable_x64(True):
+        output, pull_back = jax.vjp(by_blocks, jnp.asarray(x), jnp.asarray(kernel))
+        gradients = pull_back(jnp.asarray(cotangent))
+    np.testing.assert_allclose(output, expected, rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(gradients[0], of_x, rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(gradients[1], of_kernel, rtol=1e-12, atol=1e-12)
+
+
+STEM = {"strides": (2, 2), "kernel_size": 3, "padding": [(1, 1), (1, 1)]}
+
+
+def test_a_stem_on_a_gpu_has_the_pixels_of_a_stride_as_channels():
+    assert "x16xf32>" in lowered_for("cuda", **STEM)
+    for platform in ("tpu", "cpu"):
+        assert "x16xf32>" not in lowered_for(platform, **STEM)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"strides": (1, 1)},
+        {"strides": (4, 4)},  # 64 channels
+        {"size": 9},  # rows
+        {"feature_group_count": 2},
+        {"rhs_dilation": (2, 2)},
+        {"padding": "SAME"},
+    ],
+    ids=lambda arguments: next(iter(arguments)),
+)
+def test_what_is_no_stem_stays_as_it_is(arguments):
+    text = lowered_for("cuda", **{**STEM, **arguments})
+    assert text.count("stablehlo.convolution") == 1
+    assert "x16xf32>" not in text
 
 
 def test_layers_use_it():

@@ -9,4 +9,4 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", "")  # none: neither read nor
 
 from jaxtyping import install_import_hook
 
-install_import_hook(["cnn_jax.models", "cnn_jax.training"], "beartype.beartype")
+install_import_hook(["cnn_jax.models", "cnn_jax.training"], "type_checks.of_module_level")

@@ -1,7 +1,6 @@
 """Pooling: windows of a feature map, and the whole of it."""
 
 import functools
-import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
@@ -78,39 +77,24 @@ def _max_pool_jvp(
 def _places(
     x: Array, window: Pair, strides: Pair, sides: tuple[Pair, Pair], *, fill: float
 ) -> list[jax.Array]:
-    """Returns for each place in a window, row by row, the pixels that stand there, [b h' w' c].
-
-    The image is first split by what is left of a pixel's row and column after division by the
-    strides. What places send back is then added up in each part and the parts put side by side; of
-    what strided slices send back, every pixel would ask whether it is meant.
-    """
-    (batch, *size, channels), filling = x.shape, jnp.asarray(fill, x.dtype)
-    blocks = [-(-size[i] // strides[i]) for i in (0, 1)]
-    outputs = [(sum(sides[i]) + size[i] - window[i]) // strides[i] + 1 for i in (0, 1)]
-
-    def padded(x: Any, edges: list[Pair]) -> Any:
-        return jax.lax.pad(x, filling, [(0, 0, 0), *((*edge, 0) for edge in edges), (0, 0, 0)])
-
-    whole = padded(x, [(0, blocks[i] * strides[i] - size[i]) for i in (0, 1)])
-    whole = whole.reshape(batch, blocks[0], strides[0], blocks[1], strides[1], channels)
-    parts = [
-        [
-            part.reshape(batch, *blocks, channels)
-            for part in jax.lax.split(rows, (1,) * strides[1], axis=4)
-        ]
-        for rows in jax.lax.split(whole, (1,) * strides[0], axis=2)
+    """Returns for each place in a window, row by row, the pixels that stand there, [b h' w' c]."""
+    padded = jnp.pad(x, ((0, 0), *sides, (0, 0)), constant_values=fill)
+    steps = [(padded.shape[1 + i] - window[i]) // strides[i] for i in (0, 1)]
+    return [
+        jax.lax.slice(
+            padded,
+            (0, row, column, 0),
+            (
+                x.shape[0],
+                row + steps[0] * strides[0] + 1,
+                column + steps[1] * strides[1] + 1,
+                x.shape[3],
+            ),
+            (1, *strides, 1),
+        )
+        for row in range(window[0])
+        for column in range(window[1])
     ]
-
-    def pixels(*place: int) -> Any:
-        part: Any = parts
-        edges = []
-        for i in (0, 1):
-            block, remainder = divmod(place[i] - sides[i][0], strides[i])
-            edges.append((-block, block + outputs[i] - blocks[i]))
-            part = part[remainder]
-        return padded(part, edges)
-
-    return [pixels(*place) for place in itertools.product(*map(range, window))]
 
 
 def average_pool(

@@ -1,5 +1,7 @@
 """A compiled step as pictures: its memory over time, and its kernels against the roofline."""
 
+import itertools
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,10 @@ from cnn_jax.runtime.roofline import Rates
 
 LABELLED = 8  # kernels that move most
 LEAST_BYTES = 1000  # of a kernel that is drawn
+OF_TRACING = re.compile(
+    r"(jit|jvp|transpose|vmap|checkpoint|rematted)\b.*|cond|branch_\d+_fun|\w+\.stages"
+)
+"""Parts of the path of an operation that say how it was traced, and not where it stands."""
 COLOURS = {
     "arguments": "#4477aa",
     "constants": "#bbbbbb",
@@ -52,7 +58,7 @@ def _memory(axes: Any, program: hlo.Program) -> None:
     axes.set(
         xlabel="instruction of the schedule",
         ylabel="MiB on one device",
-        title=f"Memory over the step: at most {height:,.0f} MiB, at {_layer(points[peak].op_name)}",
+        title=f"Memory over the step: at most {height:,.0f} MiB, at {layer(points[peak].op_name)}",
         xlim=(0, len(points) - 1),
         ylim=(0, 1.08 * height),
     )
@@ -71,16 +77,16 @@ def _roofline(axes: Any, kernels: Sequence[hlo.Kernel], rates: Rates | None) -> 
             line = [ridge * end for end in ends]
             axes.loglog(ends, line, "--", linewidth=1, label=f"{dtype}: {ridge:,.0f} FLOPs a byte")
     largest = sorted(drawn, key=lambda each: -each.traffic.total * each.times)[:LABELLED]
+    numbers: dict[tuple[float, float], list[str]] = {}  # of kernels that share a place
     for number, each in enumerate(largest, start=1):
-        axes.annotate(
-            str(number),
-            (each.traffic.total, each.flops.total),
-            xytext=(4, 2),
-            textcoords="offset points",
-            fontsize=8,
-        )
-        name = _layer(each.op_name) or each.kind
+        numbers.setdefault((each.traffic.total, each.flops.total), []).append(str(number))
+        name = layer(each.op_name) or each.kind
         axes.plot([], [], " ", label=f"{number}  {each.traffic.total / 1e6:,.0f} MB  {name}")
+    offsets = itertools.chain([(5, -3), (0, 5)], itertools.repeat((0, -12)))
+    for (place, shared), offset in zip(numbers.items(), offsets, strict=False):
+        axes.annotate(
+            ",".join(shared), place, xytext=offset, textcoords="offset points", fontsize=8
+        )
     axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=8, frameon=False)
     axes.set(
         xlabel="bytes of a launch",
@@ -90,6 +96,8 @@ def _roofline(axes: Any, kernels: Sequence[hlo.Kernel], rates: Rates | None) -> 
     axes.grid(alpha=0.3)
 
 
-def _layer(op_name: str) -> str:
-    """Returns the end of a JAX name: the layer and the operation."""
-    return "/".join(op_name.split("/")[-3:])[-48:]
+def layer(op_name: str) -> str:
+    """Returns what a person needs of JAX's path of an operation: layer, operation, direction."""
+    parts = [part for part in op_name.split("/") if not OF_TRACING.fullmatch(part)]
+    direction = ", gradient" if "transpose(" in op_name else ""
+    return "/".join(parts[-4:]) + direction

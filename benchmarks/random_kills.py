@@ -33,8 +33,11 @@ from seeds import processor
 
 ROOT = Path(__file__).parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "random_kills.json"
-PEER_TIMEOUT = 20
+PEER_TIMEOUT = 10
 """Seconds after which the other process ends that was not hit; by default it would take 60."""
+
+JOIN_TIMEOUT = 15
+"""The same for one that was hit before it joined; by default it would take 300."""
 
 HANG = 600
 """Seconds after which a process that was left alone, or hit, is taken to hang."""
@@ -66,6 +69,7 @@ class Start:
                     f"--num-processes={processes}",
                     f"--process-id={each}",
                     f"--peer-timeout={PEER_TIMEOUT}",
+                    f"--join-timeout={JOIN_TIMEOUT}",
                 ]
                 for each in range(processes)
             ]

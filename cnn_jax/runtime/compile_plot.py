@@ -12,7 +12,8 @@ from cnn_jax.runtime.roofline import Rates
 LABELLED = 8  # kernels that move most
 LEAST_BYTES = 1000  # of a kernel that is drawn
 OF_TRACING = re.compile(
-    r"(jit|jvp|transpose|vmap|checkpoint|rematted)\b.*|cond|branch_\d+_fun|\w+\.stages"
+    r"(jit|jvp|transpose|vmap|checkpoint|rematted_computation)\b.*"
+    r"|cond|branch_\d+_fun|while|body|closed_call|\w+\.stages"
 )
 """Parts of the path of an operation that say how it was traced, and not where it stands."""
 COLOURS = {
@@ -91,7 +92,8 @@ def _roofline(axes: Any, kernels: Sequence[hlo.Kernel], rates: Rates | None) -> 
     axes.set(
         xlabel="bytes of a launch",
         ylabel="floating-point operations of a launch",
-        title="Kernels: below a dashed line the memory bounds them, above it the arithmetic",
+        title="Kernels"
+        + (": below a dashed line memory bounds them, above it arithmetic" * bool(rates)),
     )
     axes.grid(alpha=0.3)
 

@@ -17,6 +17,11 @@ from cnn_jax.runtime.compile_plot import layer
             "jit(step)/jvp(ModernCNN)/ModernCNN.stages/stem/conv/conv_general_dilated",
             "stem/conv/conv_general_dilated",
         ),
+        (
+            "jit(step)/while/body/closed_call/transpose(jvp(ModernCNN))/checkpoint/"
+            "rematted_computation/stage2_block1/conv1/norm/mul",
+            "stage2_block1/conv1/norm/mul, gradient",
+        ),
         ("jit(step)/add", "add"),
         ("batch['image']", "batch['image']"),
         ("", ""),

@@ -130,7 +130,8 @@ def render(rows: dict[str, Row]) -> None:
         for row in rows.values()
         if "versions" in row
     }
-    text += f"\n{'; '.join(sorted(made_by))}.\n"
+    missing = [name for name in TOPOLOGIES if name not in rows]
+    text += f"\n{'; '.join(sorted(made_by))}. Not compiled: {', '.join(missing) or 'nothing'}.\n"
     write_atomically(DOCUMENT, text)
 
 

@@ -32,8 +32,6 @@ def normalize(
     return found
 
 
-# What is jitted here is inlined and so no function of a program: it is traced once for all norms of
-# the same shape, which takes a third off the tracing of a ResNet-50 step.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
 def _normalize(
     x: Any, scale: Any, bias: Any, epsilon: float, rectify: bool, dtype: Any
@@ -41,6 +39,8 @@ def _normalize(
     return _forward(x, scale, bias, epsilon, rectify, dtype)[0]
 
 
+# What is jitted here is inlined and so no function of a program: it is traced once for all norms of
+# the same shape, which takes a third off the tracing of a ResNet-50 step.
 @functools.partial(jax.jit, static_argnums=(3, 4, 5), inline=True)
 def _forward(
     x: Any, scale: Any, bias: Any, epsilon: float, rectify: bool, dtype: Any

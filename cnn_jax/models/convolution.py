@@ -38,15 +38,16 @@ def convolve(
         x, kernel, sides = by_blocks(x, kernel, strides, padding)
         return lax.conv_general_dilated(x, kernel, (1, 1), sides, **arguments)
 
-    if _is_pointwise(kernel, padding, **arguments):
+    if not _is_plain(padding, **arguments):
+        return convolution(x, kernel)
+    if _is_pointwise(kernel, padding):
         return lax.platform_dependent(x, kernel, cpu=product, default=convolution)
-    if _is_stem(x, kernel, strides, padding, **arguments):
+    if _is_stem(x, kernel, strides, **arguments):
         return lax.platform_dependent(x, kernel, cuda=of_blocks, default=convolution)
     return convolution(x, kernel)
 
 
-def _is_pointwise(
-    kernel: Array,
+def _is_plain(
     padding: Any,
     *,
     dimension_numbers: lax.ConvDimensionNumbers,
@@ -54,14 +55,18 @@ def _is_pointwise(
     lhs_dilation: Sequence[int] = (1, 1),
     **_: Any,
 ) -> bool:
-    """Returns whether a pixel of the output is made of one pixel of the input, all channels."""
+    """Returns whether it is of images as they are, all channels together, with counted padding."""
     return (
         dimension_numbers == CHANNELS_LAST
-        and kernel.shape[:2] == (1, 1)
         and feature_group_count == 1
         and tuple(lhs_dilation) == (1, 1)
-        and all(tuple(sides) == (0, 0) for sides in padding)
+        and not isinstance(padding, str)
     )
+
+
+def _is_pointwise(kernel: Array, padding: Any) -> bool:
+    """Returns whether a pixel of the output is made of one pixel of the input."""
+    return kernel.shape[:2] == (1, 1) and all(tuple(sides) == (0, 0) for sides in padding)
 
 
 CHANNELS_OF_A_TILE = 16
@@ -72,24 +77,17 @@ def _is_stem(
     x: Array,
     kernel: Array,
     strides: Sequence[int],
-    padding: Any,
     *,
-    dimension_numbers: lax.ConvDimensionNumbers,
-    feature_group_count: int = 1,
-    lhs_dilation: Sequence[int] = (1, 1),
     rhs_dilation: Sequence[int] = (1, 1),
     **_: Any,
 ) -> bool:
     """Returns whether the pixels that a stride steps over have few channels together."""
     pixels = math.prod(strides)
     return (
-        dimension_numbers == CHANNELS_LAST
-        and pixels > 1
+        pixels > 1
         and pixels * kernel.shape[2] <= CHANNELS_OF_A_TILE
         and not any(size % stride for size, stride in zip(x.shape[1:3], strides, strict=True))
-        and feature_group_count == 1
-        and tuple(lhs_dilation) == tuple(rhs_dilation) == (1, 1)
-        and not isinstance(padding, str)
+        and tuple(rhs_dilation) == (1, 1)
     )
 
 

@@ -41,10 +41,11 @@ class StopSignals:
     """Turns SIGINT and SIGTERM into a wish to stop, while it is entered.
 
     Until `defer` is called a signal raises `Interrupted` at once: there is nothing to save yet.
-    Other code may make another error of it, as the import of a compiled module does; leaving this,
-    it is `Interrupted` again.
     Afterwards it is kept for `check`, so that a step or a save is never torn. A second
     SIGINT raises KeyboardInterrupt wherever the program is.
+
+    Other code may make another error of an `Interrupted`, as the import of a compiled module does;
+    leaving this, it is one again.
     """
 
     def __init__(self) -> None:

@@ -66,6 +66,20 @@ ADDRESSES = ("SLURM_JOB_ID", "OMPI_MCA_orte_hnp_uri")
 """What JAX derives the address of process 0 from; Open MPI 5 no longer sets its variable."""
 
 
+@contextlib.contextmanager
+def explained() -> Iterator[None]:
+    """Gives a step that fails inside time to be explained: the watch says which process is gone.
+
+    It ends this one too, so that the error of a collective is seen only where all are alive.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError:
+        if _peers is not None:
+            time.sleep(_peers.timeout + 3 * PERIOD)
+        raise
+
+
 class _Peers:
     """This process's tie to the others of the run.
 
@@ -103,6 +117,7 @@ class _Peers:
         """Returns what the processes have published under `key`, in their order."""
         return [self.read(f"{key}/{index}") for index in range(self.count)]
 
+    @explained()
     def ask_to_stop(self, signum: int) -> None:
         """Tells all processes to stop; the signal of the first that asks holds."""
         self._give_notice("stop", signum)
@@ -125,6 +140,7 @@ class _Peers:
         self._give_notice("end", [code, text])
         self._let_others_end()
 
+    @explained()
     def leave(self) -> None:
         """Parts from the others, when all of them do; the service ends with the last."""
         self.client.wait_at_barrier("cnn_jax/leaving", FOR_EVER)
@@ -298,14 +314,16 @@ def _give_up(place: Place, timeout: float) -> None:
 def leave(code: int, why: str = "") -> None:
     """Ends the tie to the other processes, which end too where this one has failed."""
     global _peers
-    peers, _peers = _peers, None
-    if peers is None:
+    if _peers is None:
         return
-    if code == 0 or peers.stops_together:
-        peers.leave()
-    else:
-        reason = f": {why}" if why else f" with exit code {code}"
-        peers.end_all(code, f"process {peers.index} of {peers.count} has ended{reason}")
+    try:
+        if code == 0 or _peers.stops_together:
+            _peers.leave()
+        else:
+            reason = f": {why}" if why else f" with exit code {code}"
+            _peers.end_all(code, f"process {_peers.index} of {_peers.count} has ended{reason}")
+    finally:
+        _peers = None
 
 
 def is_first() -> bool:
@@ -318,20 +336,7 @@ def who() -> str:
     return "" if _peers is None else f"process {_peers.index} of {_peers.count}: "
 
 
-@contextlib.contextmanager
-def explained() -> Iterator[None]:
-    """Gives a step that fails inside time to be explained: the watch says which process is gone.
-
-    It ends this one too, so that the error of a collective is seen only where all are alive.
-    """
-    try:
-        yield
-    except jax.errors.JaxRuntimeError:
-        if _peers is not None:
-            time.sleep(_peers.timeout + 3 * PERIOD)
-        raise
-
-
+@explained()
 def together(name: str, value: Any, decide: Callable[[list[Any]], Any]) -> Any:
     """Returns what process 0 decides from the JSON values of all processes, in their order.
 
@@ -417,6 +422,7 @@ class StopTogether(StopSignals):
         if self._checks == last:
             self._stop(self._asked())
 
+    @explained()
     def finish(self) -> None:
         self._ask()
         key = "cnn_jax/finish"
@@ -433,6 +439,7 @@ class StopTogether(StopSignals):
         """Returns the signal that asks all to stop; 0 while there is none."""
         return self._peers.stop_asked or 0
 
+    @explained()
     def _find_where_to_stop(self) -> None:
         key = "cnn_jax/stop"
         with self._turn:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -190,6 +191,37 @@ def test_two_processes_join_agree_and_share_batches(launcher, environment):
         "  c: not set in process 0, 1 in process 1",
         "batches": the_batches_of_one_process(),
     }
+
+
+WITHOUT_END = """
+import json, sys
+from cnn_jax.runtime import distributed
+distributed.join(distributed.find_place(*json.loads(sys.argv[1])), peer_timeout=10)
+print("joined", flush=True)
+while True:
+    distributed.any_of("name", False)
+"""
+
+
+def test_process_0_killed_within_an_agreement_shows_no_traceback():
+    """What JAX raises there would hide what has happened, as it comes before JAX's own end."""
+    place = [f"127.0.0.1:{free_port()}", 2]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", WITHOUT_END, json.dumps([*place, index])],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for index in range(2)
+    ]
+    assert [process.stdout.readline() for process in processes] == ["joined\n"] * 2
+    processes[0].kill()
+    processes[0].communicate()
+    _, errors = processes[1].communicate(timeout=200)
+    assert processes[1].returncode in (75, 134, -signal.SIGABRT), errors
+    assert "Traceback" not in errors
 
 
 def the_batches_of_one_process():

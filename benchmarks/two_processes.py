@@ -19,8 +19,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from cnn_jax.runtime.files import write_atomically
 from cnn_jax.runtime.platform import versions
+from cnn_jax.storage import write_atomically
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "two_processes.json"

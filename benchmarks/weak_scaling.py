@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from cnn_jax.commands.compile import Options, Variant, compile_one
-from cnn_jax.runtime.files import write_atomically
 from cnn_jax.runtime.topologies import Topology, parse_topology
+from cnn_jax.storage import write_atomically
 from configs import synthetic
 
 ROOT = Path(__file__).parents[1]

@@ -10,18 +10,11 @@ from typing import Protocol
 import jax
 import numpy as np
 
-from cnn_jax.config import Config
-from cnn_jax.data.bad_records import SkipBadRecords, open_without_bad_records
+from cnn_jax.data.bad_records import SkipBadRecords
 from cnn_jax.data.pipeline import BatchIterator, batch_indices, train_batches
-from cnn_jax.data.sources import (
-    ImageSource,
-    MemorySource,
-    Source,
-    open_source,
-    read_into_memory,
-)
+from cnn_jax.data.sources import ImageSource, MemorySource, Source, read_into_memory
 from cnn_jax.data.stages import COPYING, Stages
-from cnn_jax.plan import Phase, Plan, source_options
+from cnn_jax.plan import Phase, Plan
 from cnn_jax.runtime.sharding import batch_sharding, to_devices
 from cnn_jax.typing import Batch
 
@@ -36,19 +29,6 @@ class Feeding(Protocol):
     def close(self) -> None:
         """Ends what prepares the next batches."""
         ...
-
-
-def open_part(
-    config: Config, part: str, *, log: Callable[[str], None], stages: Stages | None = None
-) -> Source:
-    """Returns what a run trains on, "train", or is tested on, "test", as `open_source` does.
-
-    Damaged records are skipped where the configuration says so.
-    """
-    data = config.data
-    opened = open_without_bad_records if data.on_bad_record == "skip" else open_source
-    options = source_options(config) | data.parts()[part]
-    return opened(data.name, log=log, stages=stages, **options)
 
 
 def make_feeding(

@@ -6,7 +6,7 @@ What trains, what a dry run prints and what is compiled ahead of time are this o
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,9 +16,11 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from cnn_jax.config import Config, abstract_variables
+from cnn_jax.data.bad_records import open_without_bad_records
 from cnn_jax.data.datasets import DatasetInfo
 from cnn_jax.data.pipeline import steps_at_epoch_end
-from cnn_jax.data.sources import Crops
+from cnn_jax.data.sources import Crops, Source, open_source
+from cnn_jax.data.stages import Stages
 from cnn_jax.models import create_model
 from cnn_jax.models.geometry import grouped, layers, table
 from cnn_jax.runtime.compiler import CompilerSettings, compile_program, compiler_settings
@@ -520,6 +522,21 @@ def source_options(config: Config) -> dict[str, Any]:
             eval_fraction=data.eval_fraction,
         ),
     }
+
+
+def open_part(
+    config: Config,
+    part: Mapping[str, Any],
+    *,
+    log: Callable[[str], None],
+    stages: Stages | None = None,
+) -> Source:
+    """Returns a part of a run's data set, such as those of `DataConfig.parts`, as `open_source`.
+
+    Damaged records are skipped where the configuration says so.
+    """
+    opened = open_without_bad_records if config.data.on_bad_record == "skip" else open_source
+    return opened(config.data.name, log=log, stages=stages, **part, **source_options(config))
 
 
 def decisive(config: Config) -> dict[str, Any]:

@@ -86,6 +86,23 @@ def read_bytes(name: str) -> bytes:
         raise RuntimeError(f"{name} cannot be read: {reason(error)}") from error
 
 
+def write_atomically(path: Path, contents: str | bytes) -> None:
+    """Writes a file that exists whole or not at all, also after a power cut; raises OSError."""
+    data = contents.encode() if isinstance(contents, str) else contents
+    if is_remote(path):
+        try:
+            path.write_bytes(data)
+        except Exception as error:  # whichever way a client fails
+            raise OSError(f"{path} cannot be written: {reason(error)}") from error
+        return
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
 def digests(directory: Path, names: list[str]) -> dict[str, str]:
     """Returns the SHA-256 of the files of these names below a place."""
 

@@ -12,10 +12,10 @@ import numpy as np
 
 from cnn_jax.config import Config, ConfigError, completed, parse
 from cnn_jax.data.datasets import DatasetInfo
-from cnn_jax.data.sources import Source, open_source
+from cnn_jax.data.sources import Source
 from cnn_jax.errors import UserError
 from cnn_jax.models.torch_weights import from_variables
-from cnn_jax.plan import as_evaluated, decisive, make_model, source_options
+from cnn_jax.plan import as_evaluated, decisive, make_model, open_part
 from cnn_jax.runtime.checkpoint import find_damage
 from cnn_jax.runtime.compiler import compile_program, compiler_settings
 from cnn_jax.runtime.programs import kept
@@ -81,11 +81,12 @@ class Trained:
     def open_split(self, split: str | None, *, log: Callable[[str], None]) -> Source:
         """Returns the examples of a split of the run's data set, by default what it was tested on.
 
-        Raises UserError where they are not there, or have other classes than the run.
+        Damaged records are skipped where the run skipped them. Raises UserError where the examples
+        are not there, or have other classes than the run.
         """
         data = self.config.data
         part = {"split": split} if split else data.parts()["test"]
-        source = open_source(data.name, log=log, **part, **source_options(self.config))
+        source = open_part(self.config, part, log=log)
         names = self.dataset.class_names
         if names and source.info.class_names != names:
             other = set(source.info.class_names) ^ set(names)

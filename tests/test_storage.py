@@ -18,9 +18,9 @@ from cnn_jax.data.datasets import dataset_info
 from cnn_jax.data.sources import Crops, open_source
 from cnn_jax.errors import UserError
 from cnn_jax.runtime.checkpoint import Checkpoints, find_damage
-from cnn_jax.runtime.files import GrowingFile, write_atomically
+from cnn_jax.runtime.files import GrowingFile
 from cnn_jax.runtime.workdir import claim
-from cnn_jax.storage import files_below, is_remote, local_copy, move, place
+from cnn_jax.storage import files_below, is_remote, local_copy, move, place, write_atomically
 from cnn_jax.training.state import TrainState
 
 

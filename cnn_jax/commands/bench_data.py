@@ -16,7 +16,7 @@ from cnn_jax.config import Config
 from cnn_jax.data.pipeline import train_batch, train_batches
 from cnn_jax.data.stages import COPYING, Stages, slowest
 from cnn_jax.errors import UserError
-from cnn_jax.feeding import open_part
+from cnn_jax.plan import open_part
 from cnn_jax.runtime.files import write_json_file
 from cnn_jax.runtime.platform import versions
 from cnn_jax.runtime.sharding import batch_sharding, make_mesh, to_devices
@@ -38,7 +38,7 @@ def bench_data(config: Config, *, seconds: float, json_file: Path | None = None)
     if json_file is not None and json_file.exists():
         raise UserError(f"--json {json_file}: is already there; name a file that is not")
     data, size, stages = config.data, config.batch_size, Stages()
-    source = open_part(config, "train", log=print, stages=stages)
+    source = open_part(config, config.data.parts()["train"], log=print, stages=stages)
     sharding = batch_sharding(make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp))
     steps = itertools.count()
 

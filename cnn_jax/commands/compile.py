@@ -23,9 +23,9 @@ from cnn_jax.data.datasets import dataset_info, split_range
 from cnn_jax.data.holdout import Part
 from cnn_jax.errors import UserError
 from cnn_jax.plan import is_training, phase_name
-from cnn_jax.runtime.files import write_atomically
 from cnn_jax.runtime.report import duration
 from cnn_jax.runtime.topologies import Topology, parse_topology
+from cnn_jax.storage import write_atomically
 
 GIB = 2**30
 POLL_SECONDS = 0.2

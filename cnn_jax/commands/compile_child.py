@@ -22,10 +22,10 @@ from cnn_jax.plan import Plan, choices, is_training, make_plan
 from cnn_jax.runtime import executables, hlo
 from cnn_jax.runtime.compile_plot import plot
 from cnn_jax.runtime.compiler import compile_program
-from cnn_jax.runtime.files import write_atomically
 from cnn_jax.runtime.platform import versions
 from cnn_jax.runtime.roofline import Estimate, Rates, estimate
 from cnn_jax.runtime.topologies import Topology, parse_topology
+from cnn_jax.storage import write_atomically
 
 SECONDS_PER_LAUNCH = {"cuda": 2e-6, "tpu": 0.0}
 """Between two kernels: a GPU waits for the next launch, a TPU runs one program."""

@@ -16,6 +16,7 @@ import numpy as np
 from cnn_jax import storage
 from cnn_jax.config import Config
 from cnn_jax.data.datasets import DATASETS, directory_of_sets
+from cnn_jax.data.finding import passed_over
 from cnn_jax.data.sources import OWN_BUILDERS, ImageSource, Source, open_source
 from cnn_jax.errors import UserError, nearest
 from cnn_jax.plan import augmentation, source_options
@@ -105,28 +106,21 @@ def _told(root: Path) -> Iterator[None]:
 
 
 def prepare_resized(config: Config, directory: Path, *, shorter_side: int, num_threads: int) -> int:
-    """Writes the images of both splits of `config`, made smaller, into `directory`; returns 0.
+    """Writes the splits of `config`, their images made smaller, into `directory`; returns 0.
+
+    They are written whole and in order, so that slices and `data.holdout` take the same of them.
 
     Raises UserError where an image is damaged or the directory holds something else.
     """
     from cnn_jax.data.resized_records import write_records  # only here: it loads decoders
 
-    if config.data.holdout:
-        raise UserError(
-            f"data.holdout = {config.data.holdout:g}: what is written keeps its splits; leave it "
-            "at 0 here, and hold out a part of what was written"
-        )
     sources = {}
-    for split in (config.data.train_split, config.data.test_split):
+    for part in config.data.parts().values():
+        split = part["split"].partition("[")[0]
         source = _open(config, {"split": split})
         if not isinstance(source, ImageSource):
             raise UserError(f"the images of {config.data.name} are all of one size already")
-        sources[split.partition("[")[0]] = source
-    if len(sources) < 2:
-        raise UserError(
-            f"{config.data.train_split} and {config.data.test_split} are of one split: write all "
-            "of it with data.train_split=train and a test split of its own, and slice afterwards"
-        )
+        sources[split] = source
     progress = Progress(sum(map(len, sources.values())), first_step=0)
     done = 0
 
@@ -173,10 +167,11 @@ def check(config: Config, *, num_threads: int) -> int:
     Returns 1 where one is damaged, else 0.
     """
     damaged = odd = 0
-    for line in _strays(config):
+    data = config.data
+    for path, why in passed_over(data.name, source_dir=data.source_dir, data_dir=data.data_dir):
         odd += 1
-        print(line)
-    for split in dict.fromkeys(part["split"] for part in config.data.parts().values()):
+        print(f"note  {path}: {why}")
+    for split in dict.fromkeys(part["split"] for part in data.parts().values()):
         source = _open(config, {"split": split})
         progress = Progress(len(source), first_step=0)
         with contextlib.closing(progress), ThreadPoolExecutor(num_threads) as pool:
@@ -218,17 +213,6 @@ def _look(source: Source, index: int) -> list[tuple[bool, str]]:
     return [(False, f"{name}: {text}") for text in oddities(data, name)]
 
 
-def _strays(config: Config) -> Iterator[str]:
-    if config.data.name != "folder":
-        return
-    from cnn_jax.data.checking import bad_links, strays
-    from cnn_jax.data.found_images import files_below
-
-    root = storage.place(config.data.source_dir)
-    for path, text in (*strays(root, files_below(root)), *bad_links(root)):
-        yield f"note  {path}: {text}"
-
-
 def _print_split(source: Source) -> None:
     spread = np.unique(np.linspace(0, len(source) - 1, SIZED).astype(np.int64))
     if isinstance(source, ImageSource):
@@ -240,6 +224,10 @@ def _print_split(source: Source) -> None:
                 data, label = source.read(int(index))
                 sizes.append(size_of(data))
                 labels.append(label)
+        if not sizes:
+            raise UserError(
+                f"{source.split}: none of {len(spread):,} images can be read; `data check` says why"
+            )
         heights, widths = zip(*sizes, strict=True)
         shown = (
             f"{min(widths)} to {max(widths)} wide (median {int(np.median(widths))}), "

@@ -52,34 +52,39 @@ def evaluate(
     run = open_run(workdir, checkpoint=checkpoint, ema=ema, log=_say)
     source = run.open_split(split, log=_say)
     _say(f"evaluating {run.described} on {len(source):,} images")
-    scores = score(*_logits_and_labels(run, source))
+    logits, labels, numbers = _read_by(run, source)
+    scores = score(logits, labels)
+    if left_out := len(source) - len(numbers):
+        _say(f"{left_out:,} damaged {'image' if left_out == 1 else 'images'} left out")
     _say(_table(scores, run))
     if json_file is not None:
         values = {"workdir": str(run.directory), "step": run.step, "ema": run.ema}
-        values |= {"split": source.split}
+        values |= {"split": source.split, "bad_records": left_out}
         values |= scores.as_dict(run.class_names)
         write_json_file(json_file, json.dumps(values, indent=2) + "\n")
         _say(f"written: {json_file}")
     if pictures is not None:
-        _draw(pictures, scores, run, source)
+        _draw(pictures, scores, run, source, numbers)
         _say(f"drawn in {pictures}")
     return scores
 
 
-def _logits_and_labels(run: Trained, source: Source) -> tuple[np.ndarray, np.ndarray]:
+def _read_by(run: Trained, source: Source) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns the logits, the label and the number of each example that can be read."""
     size = min(run.config.eval.batch_size, len(source))
     predict = run.compile_logits(size)
     data = run.config.data
     batches = eval_batches(
         source, batch_size=size, num_threads=data.num_threads, prefetch=data.prefetch
     )
-    logits, labels = [], []
+    logits, labels, counted = [], [], []
     with contextlib.closing(batches):
         for batch in batches:
             real = batch["mask"] > 0
             logits.append(np.asarray(predict(batch["image"]))[real])
             labels.append(batch["label"][real])
-    return np.concatenate(logits), np.concatenate(labels)
+            counted.append(real)
+    return np.concatenate(logits), np.concatenate(labels), np.flatnonzero(np.concatenate(counted))
 
 
 def _table(scores: Scores, run: Trained) -> str:
@@ -98,7 +103,10 @@ def _table(scores: Scores, run: Trained) -> str:
     return "\n".join(lines)
 
 
-def _draw(directory: Path, scores: Scores, run: Trained, source: Source) -> None:
+def _draw(
+    directory: Path, scores: Scores, run: Trained, source: Source, numbers: np.ndarray
+) -> None:
+    """Draws the pictures of an evaluation; `numbers` has the number of each example in `source`."""
     directory.mkdir(parents=True, exist_ok=True)
     names = run.class_names
     draw_confusion(directory / "confusion.png", scores.confusion, names)
@@ -106,11 +114,11 @@ def _draw(directory: Path, scores: Scores, run: Trained, source: Source) -> None
     worst = scores.worst(MISTAKES)
     if not len(worst):
         return
-    batch = source.batch(worst)
+    batch = source.batch(numbers[worst])
     captions = [
-        f"{names[label]}\ntaken for {names[scores.predicted[number]]}\n"
-        f"({scores.confidence[number]:.1%}), number {number}"
-        for number, label in zip(worst, batch["label"], strict=True)
+        f"{names[label]}\ntaken for {names[scores.predicted[place]]}\n"
+        f"({scores.confidence[place]:.1%}), number {numbers[place]}"
+        for place, label in zip(worst, batch["label"], strict=True)
     ]
     draw_contact_sheet(directory / "mistakes.png", batch["image"], captions)
 

@@ -20,9 +20,9 @@ from cnn_jax.exported import DESCRIPTION, PROGRAM
 from cnn_jax.models.folding import fold_batch_norms
 from cnn_jax.plan import as_evaluated
 from cnn_jax.runtime.compiler import WITHOUT_FUSED_REDUCTIONS
-from cnn_jax.runtime.files import write_atomically
 from cnn_jax.runtime.platform import versions
 from cnn_jax.runtime.weight_files import refuse_existing
+from cnn_jax.storage import write_atomically
 from cnn_jax.trained import Trained, open_run
 from cnn_jax.typing import RawImages
 

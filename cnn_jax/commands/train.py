@@ -21,12 +21,11 @@ from cnn_jax.data.bad_records import SkipBadRecords
 from cnn_jax.data.sources import fingerprint
 from cnn_jax.data.stages import Stages, limit
 from cnn_jax.errors import UserError
-from cnn_jax.feeding import Feeding, make_feeding, open_part
-from cnn_jax.plan import Plan, make_plan
+from cnn_jax.feeding import Feeding, make_feeding
+from cnn_jax.plan import Plan, make_plan, open_part
 from cnn_jax.runtime import distributed, executables
 from cnn_jax.runtime.checkpoint import Checkpoints
 from cnn_jax.runtime.compiler import CompilationCounter, told_by_environment
-from cnn_jax.runtime.files import write_atomically
 from cnn_jax.runtime.platform import Interrupted, StopSignals, versions
 from cnn_jax.runtime.report import (
     METRICS,
@@ -45,7 +44,7 @@ from cnn_jax.runtime.workdir import (
     write_config,
     write_skipped,
 )
-from cnn_jax.storage import place
+from cnn_jax.storage import place, write_atomically
 from cnn_jax.training.diagnosis import first_not_finite
 from cnn_jax.training.metrics import mean
 from cnn_jax.training.resident import gathered, rows_of
@@ -230,8 +229,9 @@ class _Training:
         with self.clock.measure("starting"):
             # The data come first: while tensorflow_datasets is imported it replaces Python's import
             # for the whole process, and a compiler that imports in another thread would fail.
-            self.train_source = open_part(plan.config, "train", log=_say, stages=self.stages)
-            self.test_source = open_part(plan.config, "test", log=_say)
+            parts = plan.config.data.parts()
+            self.train_source = open_part(plan.config, parts["train"], log=_say, stages=self.stages)
+            self.test_source = open_part(plan.config, parts["test"], log=_say)
             self.record = {
                 "config": plan.config.as_dict(),
                 "data": fingerprint(

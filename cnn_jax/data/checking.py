@@ -3,14 +3,19 @@
 import io
 import os
 from collections.abc import Iterator
-from pathlib import Path
 
 from PIL import Image
 
-from cnn_jax.data.images import EXTENSIONS, JPEG, PNG, decode, size_of
+from cnn_jax.data.images import EXTENSIONS, PNG, ImageError, decode, decoders, size_of
 
 EXIF_ORIENTATION = 0x0112
-_KINDS = {JPEG: ("JPEG", (".jpg", ".jpeg")), PNG: ("PNG", (".png",))}
+_ENDINGS = {  # by Pillow's name of a kind; MPO is a JPEG with more behind it
+    "JPEG": (".jpg", ".jpeg"),
+    "MPO": (".jpg", ".jpeg"),
+    "PNG": (".png",),
+    "WEBP": (".webp",),
+    "BMP": (".bmp",),
+}
 _MODES = {
     "CMYK": "CMYK: converted to RGB",
     "L": "greyscale: repeated to three channels",
@@ -33,39 +38,26 @@ def oddities(data: bytes, name: str) -> Iterator[str]:
 
     `name` is its file's name, or anything without an ending.
     """
-    suffix = os.path.splitext(name)[1].lower()
-    for magic, (kind, suffixes) in _KINDS.items():
-        if data.startswith(magic) and suffix in EXTENSIONS and suffix not in suffixes:
-            yield f"a {kind} named {suffix}: read as what it is"
-    with Image.open(io.BytesIO(data)) as image:
+    try:
+        yield from _seen_by_pillow(data, os.path.splitext(name)[1].lower())
+    except ImageError as error:
+        yield f"used, but Pillow cannot tell what is odd about it: {error}"
+    height, width = size_of(data)
+    if min(height, width) < 32:
+        yield f"small: {width} x {height} pixels"
+
+
+def _seen_by_pillow(data: bytes, suffix: str) -> Iterator[str]:
+    with decoders(), Image.open(io.BytesIO(data)) as image:
+        if suffix in EXTENSIONS and suffix not in _ENDINGS.get(image.format or "", ()):
+            yield f"a {image.format} named {suffix}: read as what it is"
         if image.mode in _MODES:
             yield _MODES[image.mode]
-        if image.mode.startswith("I") or image.mode == "F":
+        deep = data.startswith(PNG) and data[24] == 16  # in colour Pillow makes it 8 bits
+        if deep or image.mode.startswith("I") or image.mode == "F":
             yield "16 bits or more: the upper 8 are taken"
         if getattr(image, "n_frames", 1) > 1:
             yield "animated: the first frame is taken"
         turned = image.getexif().get(EXIF_ORIENTATION, 1)
         if turned != 1:
             yield f"EXIF orientation {turned}: ignored, the pixels are taken as they lie"
-    height, width = size_of(data)
-    if min(height, width) < 32:
-        yield f"small: {width} x {height} pixels"
-
-
-def strays(root: Path, files: Iterator[str]) -> Iterator[tuple[str, str]]:
-    """Yields the path of each of the `files` below `root` that is passed over, and why."""
-    for path in files:
-        if not path.lower().endswith(EXTENSIONS):
-            full = os.path.join(root, path)
-            yield full, f"not read: its name must end with one of {', '.join(EXTENSIONS)}"
-
-
-def bad_links(root: Path) -> Iterator[tuple[str, str]]:
-    """Yields the path of each link below `root` that is not followed, and why."""
-    for directory, folders, files in os.walk(root):
-        for name in sorted([*folders, *files]):
-            path = Path(directory, name)
-            if path.is_symlink() and not path.exists():
-                yield str(path), "a link to nothing: not read"
-            elif path.is_symlink() and path.parent.resolve().is_relative_to(path.resolve()):
-                yield str(path), "a link to a folder that holds it: not followed"

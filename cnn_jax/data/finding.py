@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,9 @@ from cnn_jax.storage import absolute, cache, is_remote, local_copy, place, reaso
 
 IMAGE_SHAPE = (224, 224, 3)
 """Of images of many sizes, unless the configuration says another."""
+
+
+_OF_IMAGES = ("folder", "csv", "tar", "records")
 
 
 def found_info(name: str, *, source_dir: str, data_dir: str) -> DatasetInfo:
@@ -52,13 +56,20 @@ def open_found(
     message says how to get it.
     """
     split_name, examples = split_range(info, split)
-    if info.name in ("folder", "csv", "tar", "records"):
+    if info.name in _OF_IMAGES:
         found = _found(info.name, place(source_dir), data_dir)
         return Images(info, split, found.splits[split_name], examples)
     directory = place(source_dir)
     if info.name in DATASETS:
         directory = _prepared_directory(info, data_dir)
     return _open_tfds(info, split, split_name, _builder(directory))
+
+
+def passed_over(name: str, *, source_dir: str, data_dir: str) -> Sequence[tuple[str, str]]:
+    """Returns the path of each thing at `source_dir` that is read for no image, and why."""
+    if name not in _OF_IMAGES:
+        return ()
+    return _found(name, place(source_dir), data_dir).passed_over
 
 
 def _found(kind: str, source: Path, data_dir: str) -> Found:
@@ -68,9 +79,10 @@ def _found(kind: str, source: Path, data_dir: str) -> Found:
         return find_records(local_copy(source))
     sets = directory_of_sets(data_dir)
     index_dir = cache() / "index" if is_remote(sets) else sets / ".cnn_jax_index"
+    known_as = str(absolute(source))
     source = local_copy(source) if kind == "tar" else absolute(source)
     try:
-        return find_images(kind, source, index_dir)
+        return find_images(kind, source, index_dir, known_as)
     except UserError:
         raise
     except Exception as error:
@@ -137,10 +149,9 @@ def _open_tfds(
         )
     info = dataclasses.replace(info, class_names=here.class_names)
     shards = builder.info.splits[split].file_instructions
-    records = RecordFiles(shards)
     if info.has_one_size:
         return RecordSource(info, split, builder.info.features, shards)
-    encoded = TfdsImages(builder.info.features, records)
+    encoded = TfdsImages(builder.info.features, RecordFiles(shards))
     return Images(info, split, encoded, range(len(encoded)))
 
 

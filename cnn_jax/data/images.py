@@ -4,9 +4,10 @@ One rule for every decoder: 8-bit RGB, the first frame, no alpha; an EXIF rotati
 torchvision and TFDS ignore it.
 """
 
+import contextlib
 import io
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import cv2
@@ -31,6 +32,20 @@ class ImageError(ValueError):
     """Why an encoded image cannot be used."""
 
 
+@contextlib.contextmanager
+def decoders() -> Iterator[None]:
+    """Raises ImageError for whatever the bytes of an image led a decoder into."""
+    try:
+        yield
+    except (ImageError, MemoryError):
+        raise
+    except UnidentifiedImageError as error:
+        raise ImageError("not an image of a kind that can be read") from error
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ImageError(f"damaged ({reason})") from error
+
+
 class Box(NamedTuple):
     """A part of an image, in pixels."""
 
@@ -49,7 +64,7 @@ def size_of(data: bytes) -> tuple[int, int]:
 
     Raises ImageError where it is not an image, or larger than `MAX_PIXELS`.
     """
-    try:
+    with decoders():
         if data.startswith(JPEG):
             height, width = map(int, simplejpeg.decode_jpeg_header(data)[:2])
         elif data.startswith(PNG):
@@ -57,10 +72,6 @@ def size_of(data: bytes) -> tuple[int, int]:
         else:
             with Image.open(io.BytesIO(data)) as image:
                 width, height = image.size
-    except UnidentifiedImageError as error:
-        raise ImageError("not an image of a kind that can be read") from error
-    except (ValueError, OSError, Image.DecompressionBombError) as error:
-        raise ImageError(f"not an image that can be read ({error})") from error
     if not 0 < height * width <= MAX_PIXELS:
         raise ImageError(f"{width} x {height} pixels: must be 1 to {MAX_PIXELS:,} in all")
     return height, width
@@ -75,12 +86,10 @@ def decode(data: bytes, *, min_height: int = 0, min_width: int = 0) -> np.ndarra
     Raises ImageError for damage, as far as its format can tell, and for what `size_of` refuses.
     """
     size_of(data)
-    try:
+    with decoders():
         if data.startswith(JPEG) and simplejpeg.decode_jpeg_header(data)[2] in _BY_LIBJPEG:
             return simplejpeg.decode_jpeg(data, "RGB", min_height=min_height, min_width=min_width)
         pixels = cv2.imdecode(np.frombuffer(data, np.uint8), _AS_RGB)
-    except (ValueError, cv2.error) as error:
-        raise ImageError(f"damaged ({' '.join(str(error).split())})") from error
     if pixels is None:
         raise ImageError("damaged, cut short, or of a kind that cannot be read")
     return pixels

@@ -15,6 +15,7 @@ from cnn_jax.data.found_images import Found
 from cnn_jax.data.record_files import RecordFiles, Shard
 from cnn_jax.data.sources import ImageSource
 from cnn_jax.errors import UserError
+from cnn_jax.storage import write_atomically
 
 FACTS = "cnn_jax_records.json"
 UNFINISHED = f"{FACTS}.unfinished"
@@ -44,16 +45,13 @@ def find_records(directory: Path) -> Found:
 
     Raises UserError where there are none, not all, or a file is missing or damaged.
     """
-    try:
-        facts = json.loads((directory / FACTS).read_text())
-    except FileNotFoundError as error:
+    if not (directory / FACTS).exists():
         unfinished = (directory / UNFINISHED).exists()
         raise UserError(
             f"{directory} holds no {FACTS}"
             + (": the same `data prepare` again finishes what it began there" if unfinished else "")
-        ) from error
-    except (OSError, ValueError) as error:
-        raise UserError(f"{directory / FACTS} is damaged: {error}") from error
+        )
+    facts = _read(directory / FACTS)
     return Found(
         tuple(facts["class_names"]),
         {
@@ -63,6 +61,18 @@ def find_records(directory: Path) -> Found:
             for split, sizes in facts["splits"].items()
         },
     )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Returns the facts in a file; raises UserError where they are not what was written."""
+    try:
+        facts = json.loads(path.read_text())
+        splits = {split: list(map(int, sizes)) for split, sizes in facts["splits"].items()}
+        return {**facts, "splits": splits, "class_names": list(map(str, facts["class_names"]))}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{path} is damaged ({error!r}): delete its directory and prepare it again"
+        ) from error
 
 
 def write_records(
@@ -102,11 +112,12 @@ def write_records(
     if (directory / FACTS).exists():
         _refuse_other(facts, directory / FACTS)
         return
-    if (directory / UNFINISHED).exists():
-        _refuse_other(facts, directory / UNFINISHED)
-    elif any(directory.iterdir()):
-        raise UserError(f"{directory} is not empty: name a directory that is, or does not exist")
-    (directory / UNFINISHED).write_text(json.dumps(facts, indent=1))
+    unfinished = directory / UNFINISHED
+    if any(not path.name.startswith(UNFINISHED) for path in directory.iterdir()):
+        if not unfinished.exists():
+            raise UserError(f"{directory} is not empty: name one that is, or does not exist")
+        _refuse_other(facts, unfinished)
+    write_atomically(unfinished, json.dumps(facts, indent=1))
     with ThreadPoolExecutor(num_threads) as pool:
         for split, source in sources.items():
             for number, part in enumerate(parts[split]):
@@ -114,11 +125,11 @@ def write_records(
                 if not file.exists():
                     _write_file(file, source, part, shorter_side, pool)
                 advance(len(part))
-    os.replace(directory / UNFINISHED, directory / FACTS)
+    os.replace(unfinished, directory / FACTS)
 
 
 def _refuse_other(facts: Mapping[str, Any], path: Path) -> None:
-    before = json.loads(path.read_text())
+    before = _read(path)
     for key, value in facts.items():
         if before.get(key) != value:
             raise UserError(

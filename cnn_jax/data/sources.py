@@ -3,9 +3,7 @@
 import dataclasses
 import functools
 import hashlib
-import itertools
 import math
-from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -15,6 +13,7 @@ import numpy as np
 from cnn_jax.data.datasets import DatasetInfo, dataset_info, split_range
 from cnn_jax.data.found_images import EncodedImages
 from cnn_jax.data.holdout import Part
+from cnn_jax.data.record_files import RecordFiles
 from cnn_jax.data.stages import DECODING, READING, Stages
 from cnn_jax.errors import UserError
 
@@ -307,25 +306,24 @@ class RecordSource:
     """Examples in array_record files, read when asked for."""
 
     def __init__(self, info: DatasetInfo, split: str, features: Any, shards: list[Any]):
-        """`features` decode a record; `shards` are the TFDS file instructions of the split."""
-        from array_record.python.array_record_data_source import ArrayRecordDataSource
+        """`features` decode a record; `shards` are the TFDS file instructions of the split.
 
+        Raises UserError where a file is missing, damaged, or holds another number of records.
+        """
         self.info = info
         self.split = split
         self._features = features
-        self._shards = shards
-        self._ends = list(itertools.accumulate(shard.take for shard in shards))
-        self._records = ArrayRecordDataSource(shards)
+        self._records = RecordFiles(shards)
         self.stages = Stages()
 
     def __len__(self) -> int:
-        return self._ends[-1]
+        return len(self._records)
 
     def batch(self, indices: np.ndarray, epochs: np.ndarray | None = None) -> dict[str, np.ndarray]:
         del epochs
         try:
             with self.stages.measure(READING):
-                records = self._records.__getitems__(indices.tolist())
+                records = self._records.many(indices.tolist())
             with self.stages.measure(DECODING):
                 examples = [self._features.deserialize_example_np(record) for record in records]
         except Exception:  # whichever way it failed, find the record
@@ -337,13 +335,11 @@ class RecordSource:
 
     def _example(self, index: int) -> dict[str, Any]:
         try:
-            return self._features.deserialize_example_np(self._records[index])
+            return self._features.deserialize_example_np(*self._records.many([index]))
         except Exception as error:
-            shard_number = bisect_right(self._ends, index)
-            shard = self._shards[shard_number]
-            position = index - self._ends[shard_number] + shard.take + shard.skip
+            file, number = self._records.place(index)
             raise UserError(
-                f"{shard.filename} is damaged: record {position} cannot be read ({error}); "
+                f"{file} is damaged: record {number} cannot be read ({error}); "
                 "delete the directory it is in, and the data set is prepared again"
             ) from error
 
@@ -366,7 +362,11 @@ def _open_records(
     if builder.info.splits[split_name].num_examples != info.splits[split_name]:
         raise UserError(f"{builder.data_path} does not hold {info.splits[split_name]} examples")
     shards = builder.info.splits[split].file_instructions
-    return RecordSource(info, split, builder.info.features, shards)
+    try:
+        return RecordSource(info, split, builder.info.features, shards)
+    except UserError as error:
+        again = f"delete {builder.data_path}, and the data set is prepared again"
+        raise UserError(f"{error}; {again}") from error
 
 
 def read_into_memory(records: Source) -> MemorySource:

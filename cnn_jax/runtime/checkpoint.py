@@ -19,9 +19,8 @@ from orbax.checkpoint import checkpoint_managers
 
 from cnn_jax.errors import UserError
 from cnn_jax.runtime.distributed import from_first, is_first
-from cnn_jax.runtime.files import write_atomically
 from cnn_jax.runtime.object_storage import COMMITTED, prepare_for
-from cnn_jax.storage import absolute, digests, files_below, is_remote, move
+from cnn_jax.storage import absolute, digests, files_below, is_remote, move, write_atomically
 from cnn_jax.training.state import TrainState
 from cnn_jax.training.statistics import fit_statistics
 

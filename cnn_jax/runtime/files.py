@@ -1,4 +1,4 @@
-"""Files that are whole or absent, and files that grow."""
+"""Files that grow, and files that a flag names."""
 
 import os
 import time
@@ -6,27 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from cnn_jax.errors import UserError
-from cnn_jax.storage import is_remote, reason
+from cnn_jax.storage import is_remote, write_atomically
 
 UPLOAD_PERIOD = 30
 """Seconds for which a file on object storage may lag behind, where nothing asks for it."""
-
-
-def write_atomically(path: Path, contents: str | bytes) -> None:
-    """Writes a file that exists whole or not at all, also after a power cut; raises OSError."""
-    data = contents.encode() if isinstance(contents, str) else contents
-    if is_remote(path):
-        try:
-            path.write_bytes(data)
-        except Exception as error:  # whichever way a client fails
-            raise OSError(f"{path} cannot be written: {reason(error)}") from error
-        return
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 class GrowingFile:

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from cnn_jax.runtime.files import write_atomically
 from cnn_jax.runtime.report import Row
+from cnn_jax.storage import write_atomically
 from cnn_jax.training.scores import Calibration
 
 NUMBERED_CLASSES = 30

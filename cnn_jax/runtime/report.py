@@ -13,7 +13,8 @@ from typing import Any, TextIO
 
 from cnn_jax.runtime.distributed import from_first, is_first
 from cnn_jax.runtime.events import EventFile
-from cnn_jax.runtime.files import GrowingFile, write_atomically
+from cnn_jax.runtime.files import GrowingFile
+from cnn_jax.storage import write_atomically
 
 METRICS = "metrics.jsonl"
 

@@ -20,10 +20,9 @@ import safetensors.numpy
 
 from cnn_jax.errors import UserError, nearest
 from cnn_jax.runtime.checkpoint import find_damage, quieten_orbax, write_manifest
-from cnn_jax.runtime.files import write_atomically
 from cnn_jax.runtime.object_storage import prepare_for
 from cnn_jax.runtime.torch_files import read_torch_file
-from cnn_jax.storage import absolute
+from cnn_jax.storage import absolute, write_atomically
 from cnn_jax.training.statistics import pool_statistics
 
 COLLECTIONS = ("params", "batch_stats")

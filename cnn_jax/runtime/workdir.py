@@ -13,8 +13,7 @@ from filelock import FileLock, Timeout
 
 from cnn_jax.errors import UserError
 from cnn_jax.runtime.distributed import is_first
-from cnn_jax.runtime.files import write_atomically
-from cnn_jax.storage import is_remote, reason
+from cnn_jax.storage import is_remote, reason, write_atomically
 
 CONFIG = "config.json"
 SKIPPED = "skipped.json"

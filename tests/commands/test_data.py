@@ -1,18 +1,28 @@
 """`data`: what it says of good and of bad images, what it writes, what it refuses."""
 
 import io
+import os
 import re
+import shutil
+import struct
+import tarfile
 import time
+import zlib
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import simplejpeg
+from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from driver import ROOT
 from PIL import Image
 
 from cnn_jax.__main__ import main
 from cnn_jax.commands import data as command
+from cnn_jax.data.holdout import Part
+from cnn_jax.data.resized_records import write_records
+from cnn_jax.data.sources import open_source
 
 
 @pytest.fixture
@@ -78,6 +88,21 @@ def test_check_names_everything_that_is_wrong_or_odd(data, images):
     picture.save(folder / "turned.jpg", exif=exif)
     (folder / "loop").symlink_to(images / "train")
     (folder / "gone.jpg").symlink_to("nowhere")
+    for kind in ("webp", "bmp", "gif"):
+        picture.save(folder / f"a_{kind}.jpg", kind)
+    picture.save(folder / "a_tiff.png", "TIFF")
+    cv2.imwrite(str(folder / "deep_colour.png"), np.zeros((50, 50, 3), np.uint16))
+    avif, tiff, png = (encoded(picture, kind) for kind in ("AVIF", "TIFF", "PNG"))
+    (folder / "hostile_avif.jpg").write_bytes(avif.replace(b"iloc", b"free"))
+    pages = 8 + 2 + 12 * int.from_bytes(tiff[8:10], "little")  # a second one without a size
+    second = len(tiff).to_bytes(4, "little")
+    (folder / "hostile_tiff.jpg").write_bytes(tiff[:pages] + second + tiff[pages + 4 :] + bytes(6))
+    empty_profile = struct.pack(">I4sBI", 1, b"iCCP", 0, zlib.crc32(b"iCCP\0"))
+    (folder / "hostile.png").write_bytes(png[:33] + empty_profile + png[33:])
+    (images / "train" / "bird").mkdir()
+    picture.save(images / "train" / "loose.jpg")
+    (images / "valid" / "cat").mkdir(parents=True)
+    picture.save(images / "valid" / "cat" / "0.jpg")
 
     code, output = data("check")
     assert code == 1
@@ -94,9 +119,27 @@ def test_check_names_everything_that_is_wrong_or_odd(data, images):
         ("note", "turned.jpg", "EXIF orientation 6: ignored"),
         ("note", "loop", "a link to a folder that holds it: not followed"),
         ("note", "gone.jpg", "a link to nothing: not read"),
+        ("note", "a_webp.jpg", "a WEBP named .jpg: read as what it is"),
+        ("note", "a_bmp.jpg", "a BMP named .jpg: read as what it is"),
+        ("note", "a_gif.jpg", "a GIF named .jpg: read as what it is"),
+        ("note", "a_tiff.png", "a TIFF named .png: read as what it is"),
+        ("note", "deep_colour.png", "16 bits or more: the upper 8 are taken"),
+        ("DAMAGED", "hostile_avif.jpg", "damaged (Failed to decode image"),
+        ("note", "hostile_tiff.jpg", "a TIFF named .jpg: read as what it is"),
+        ("note", "hostile_tiff.jpg", "used, but Pillow cannot tell what is odd about it: damaged"),
+        ("note", "hostile.png", "used, but Pillow cannot tell what is odd about it: not an"),
+        ("note", "../bird", "holds no images"),
+        ("note", "../loose.jpg", "not read: it lies in no folder of a class"),
+        ("note", "../../valid", "not read: what is read are the folders train, val"),
     ):
-        assert f"{kind}  {folder / name}: {text}" in output
-    assert output.endswith("3 damaged, 9 notes\n")
+        assert f"{kind}  {Path(os.path.normpath(folder / name))}: {text}" in output
+    assert output.endswith("4 damaged, 20 notes\n")
+
+
+def encoded(picture: Image.Image, kind: str) -> bytes:
+    file = io.BytesIO()
+    picture.save(file, kind)
+    return file.getvalue()
 
 
 def test_inspect_says_what_is_there_and_draws_it(data, tmp_path):
@@ -127,6 +170,193 @@ def test_resized_images_train_on(data, tmp_path, images):
     code, output = data("prepare", "--resize=40", f"--output={tmp_path / 'other'}")
     assert code == 1
     assert re.search(r"val/cat/0\.jpg: .*; data check names all", output)
+
+
+def test_resized_images_of_one_split_take_the_same_slices(data, tmp_path, images):
+    """In the manner of `configs/finetune.py`, and with a part held out."""
+    one, small = images / "train", tmp_path / "small"
+    flags = (f"--config.data.source_dir={one}", "--config.data.test_split=train[75%:]")
+    flags = (*flags, "--config.data.train_split=train[:75%]")
+    code, output = data("prepare", *flags, "--resize=50", f"--output={small}")
+    assert code == 0, output
+    held_out = (f"--config.data.source_dir={one}", "--config.data.holdout=25")
+    assert data("prepare", *held_out, "--resize=50", f"--output={small}")[0] == 0
+    for split in ("train", "train[:75%]", "train[75%:]"):
+        for part in (None, Part(25, held_out=True), Part(25, held_out=False)):
+            before, after = (
+                open_source(kind, split, source_dir=str(source), part=part)
+                for kind, source in (("folder", one), ("records", small))
+            )
+            everything = np.arange(len(before))
+            np.testing.assert_equal(after.batch(everything), before.batch(everything))
+
+
+def test_inspect_of_images_that_none_can_read(data, images):
+    for path in (images / "train").rglob("*.jpg"):
+        path.write_bytes(b"no image")
+    code, output = data("inspect")
+    assert code == 1
+    assert "train: none of 16 images can be read; `data check` says why" in output
+    assert "Traceback" not in output
+
+
+def as_table(images: Path) -> Path:
+    path = images.parent / "table.csv"
+    lines = [
+        f"{each.relative_to(images.parent)},{('cat', 'dog').index(each.parent.name)},"
+        f"{each.parts[-3]}"
+        for each in sorted(images.rglob("*.jpg"))
+    ]
+    path.write_text("\n".join(["path,label,split", *lines]))
+    return path
+
+
+def as_shards(images: Path) -> Path:
+    root = images.parent / "shards"
+    root.mkdir()
+    for split in ("train", "val"):
+        for label, name in enumerate(("cat", "dog")):
+            with tarfile.open(
+                root / f"{split}-{label:06d}.tar", "w", format=tarfile.USTAR_FORMAT
+            ) as tar:
+                for image in sorted((images / split / name).iterdir()):
+                    tar.add(image, f"{name}/{image.name}")
+                    (images / "label").write_text(str(label))
+                    tar.add(images / "label", f"{name}/{image.stem}.cls")
+    return root
+
+
+def as_records(images: Path) -> Path:
+    directory = images.parent / "records"
+    write_records(
+        {split: open_source("folder", split, source_dir=str(images)) for split in ("train", "val")},
+        directory,
+        shorter_side=256,
+        num_threads=1,
+        advance=lambda count: None,
+    )
+    return directory
+
+
+def flip(path: Path, content: bytes, behind: int) -> None:
+    """Flips a bit so many bytes behind where the content begins."""
+    data = bytearray(path.read_bytes())
+    data[data.index(content) + behind] ^= 2
+    path.write_bytes(data)
+
+
+def add_bomb(source: Path) -> None:
+    header = struct.pack(">4sIIBBBBB", b"IHDR", 40_000, 40_000, 8, 2, 0, 0, 0)
+    whole = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header
+    whole += struct.pack(">I", zlib.crc32(header))
+    (source / "train" / "cat" / "bomb.png").write_bytes(whole)
+
+
+def remove_images(source: Path) -> None:
+    for path in source.rglob("*.jpg"):
+        path.unlink()
+
+
+def relabel_a_record(source: Path) -> None:
+    path = str(source / "val-00000.array_record")
+    reader = ArrayRecordReader(path)
+    records = reader.read_all()
+    reader.close()
+    writer = ArrayRecordWriter(path, "group_size:1")
+    for number, record in enumerate(records):
+        writer.write(b"\x02" + record[1:] if number == 9 else record)
+    writer.close()
+
+
+HUFFMAN = b"\xff\xc4"
+
+LAYOUTS = {"folder": Path, "csv": as_table, "tar": as_shards, "records": as_records}
+
+DAMAGES = {  # kind, what is done to it, the exit code and what is said
+    "an image bomb": (
+        "folder",
+        add_bomb,
+        1,
+        "DAMAGED  {}/train/cat/bomb.png: 40000 x 40000 pixels: must be 1 to 100,000,000 in all",
+    ),
+    "a flipped bit in a JPEG": (
+        "folder",
+        lambda source: flip(source / "train/dog/3.jpg", HUFFMAN, 2),
+        1,
+        "DAMAGED  {}/train/dog/3.jpg: damaged (",
+    ),
+    "no images": ("folder", remove_images, 2, "{} holds no images"),
+    "one class": (
+        "folder",
+        lambda source: [shutil.rmtree(source / split / "dog") for split in ("train", "val")],
+        2,
+        "{} has one class, cat; a classifier needs two",
+    ),
+    "a label out of range in a table": (
+        "csv",
+        lambda source: source.write_text(source.read_text() + "\nimages/train/cat/0.jpg,7,train"),
+        2,
+        "{}, row 34: label 7 is out of range; 3 different numbers must be 0 to 2",
+    ),
+    "an image of a table that is not there": (
+        "csv",
+        lambda source: source.write_text(source.read_text() + "\nnowhere.jpg,1,val"),
+        1,
+        "/nowhere.jpg: [Errno 2] No such file",
+    ),
+    "a missing shard": (
+        "tar",
+        lambda source: (source / "train-000000.tar").unlink(),
+        2,
+        "{}/train-000000.tar: of the split 'train' the shard 0 is missing",
+    ),
+    "a flipped bit in a shard": (
+        "tar",
+        lambda source: flip(source / "train-000001.tar", b"dog/3.jpg", 0),
+        2,
+        "{}/train-000001.tar is damaged: after dog/2.cls, at byte ",
+    ),
+    "a flipped bit in an image in a shard": (
+        "tar",
+        lambda source: flip(source / "train-000001.tar", HUFFMAN, 2),
+        1,
+        "DAMAGED  {}/train-000001.tar: image 0, at byte 512: damaged (",
+    ),
+    "a label out of range in a shard": (
+        "tar",
+        lambda source: flip(source / "val-000001.tar", b"dog/0.cls", 512),
+        2,
+        "{}/val-000001.tar: image 0, at byte 512: label 3 is out of range; 3 different numbers",
+    ),
+    "a missing file of records": (
+        "records",
+        lambda source: (source / "train-00000.array_record").unlink(),
+        2,
+        "{}/train-00000.array_record, shard 0 of 1, is missing",
+    ),
+    "a flipped bit in records": (
+        "records",
+        lambda source: flip(source / "train-00000.array_record", b"", 500),
+        1,
+        "DAMAGED  {}/train-00000.array_record: record 0: damaged record",
+    ),
+    "a label out of range in records": (
+        "records",
+        relabel_a_record,
+        1,
+        "DAMAGED  {}/val-00000.array_record: record 9: label 2: must be 0 to 1",
+    ),
+}
+
+
+@pytest.mark.parametrize(("kind", "damage", "code", "message"), DAMAGES.values(), ids=DAMAGES)
+def test_check_names_damage_in_every_kind(data, images, kind, damage, code, message):
+    source = LAYOUTS[kind](images)
+    flags = (f"--config.data.name={kind}", f"--config.data.source_dir={source}")
+    damage(source)
+    found, output = data("check", *flags)
+    assert message.format(source) in output
+    assert (found, "Traceback" in output) == (code, False)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import csv
 import functools
 import io
 import json
+import re
 import shutil
 
 import numpy as np
@@ -12,6 +13,7 @@ from driver import read_metrics, read_state
 from PIL import Image
 
 from cnn_jax.__main__ import main
+from cnn_jax.commands import evaluate as evaluation
 from cnn_jax.data.sources import open_source
 from cnn_jax.trained import open_run
 
@@ -80,6 +82,45 @@ def test_evaluate_scores_every_example_once(use, reference, probabilities, test_
     code, output, error = use("evaluate", f"--workdir={reference}", "--split=tset")
     assert code == 1
     assert error.startswith("fashion_mnist_10k has no split 'tset' (did you mean 'test'?)")
+
+
+def test_evaluate_leaves_out_what_its_run_would_skip(
+    use, complete, probabilities, test_set, tmp_path, monkeypatch
+):
+    """Scores, and the numbers of the mistakes, are those of the examples that can be read."""
+    path = complete / "config.json"
+    config = json.loads(path.read_text())
+    data_dir = shutil.copytree(config["data"]["data_dir"], tmp_path / "data")
+    (file,) = data_dir.rglob("*-test.array_record*")
+    content = bytearray(file.read_bytes())
+    content[20_000] ^= 0x40
+    file.write_bytes(content)
+    config["data"] |= {"data_dir": str(data_dir), "memory_limit_mb": 0}
+    path.write_text(json.dumps(config))
+    code, _, error = use("evaluate", f"--workdir={complete}")
+    assert code == 1
+    damaged = int(re.search(r"test.* is damaged: record (\d+) cannot be read", error)[1])
+
+    config["data"]["on_bad_record"] = "skip"
+    path.write_text(json.dumps(config))
+    drawn = []
+    monkeypatch.setattr(
+        evaluation, "draw_contact_sheet", lambda *arguments: drawn.append(arguments)
+    )
+    scores = tmp_path / "scores.json"
+    flags = (f"--workdir={complete}", f"--json={scores}", f"--pictures={tmp_path / 'pictures'}")
+    code, output, error = use("evaluate", *flags)
+    assert (code, error) == (0, "")
+    assert f"record {damaged} cannot be read" in output
+    assert "1 damaged image left out" in output
+    found = json.loads(scores.read_text())
+    assert (found["examples"], found["bad_records"]) == (299, 1)
+    right = np.delete(probabilities.argmax(axis=1) == test_set["label"], damaged)
+    assert found["top1"] == right.mean()
+    ((_, images, captions),) = drawn
+    numbers = [int(caption.rpartition(" ")[2]) for caption in captions]
+    assert min(numbers) < damaged < max(numbers)
+    np.testing.assert_array_equal(images, test_set["image"][numbers])
 
 
 def test_which_checkpoint(use, complete, reference):

@@ -1,10 +1,13 @@
 """Folders, tables, shards and records of images: the same examples whichever way they lie."""
 
+import contextlib
 import io
 import json
 import os
 import signal
 import tarfile
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +16,9 @@ import simplejpeg
 from array_record.python.array_record_module import ArrayRecordReader
 
 from cnn_jax.config import ConfigError
-from cnn_jax.data.checking import bad_links
+from cnn_jax.data import found_images
 from cnn_jax.data.datasets import dataset_info
-from cnn_jax.data.found_images import files_below, image_paths
+from cnn_jax.data.found_images import files_below
 from cnn_jax.data.images import size_of
 from cnn_jax.data.pipeline import train_batches
 from cnn_jax.data.resized_records import write_records
@@ -87,17 +90,20 @@ def shards(folder, tmp_path) -> Path:
 
 @pytest.fixture
 def records(folder, tmp_path) -> Path:
-    sources = {split: opened("folder", folder, split) for split in ("train", "test")}
     directory = tmp_path / "records"
+    prepare(folder, directory)
+    return directory
+
+
+def prepare(folder: Path, directory: Path) -> None:
     write_records(
-        sources,
+        {split: opened("folder", folder, split) for split in ("train", "test")},
         directory,
         shorter_side=256,
         num_threads=2,
         advance=lambda count: None,
         images_in_a_file=10,
     )
-    return directory
 
 
 def test_every_way_gives_the_same_examples(folder, table, shards, records):
@@ -166,15 +172,67 @@ def test_image_size(folder):
         dataset_info("cifar10", image_size=64)
 
 
-def test_links_are_followed_but_not_in_circles(folder, tmp_path):
-    (folder / "train" / "cat" / "loop").symlink_to(folder / "train")
-    (folder / "train" / "dog" / "more").symlink_to(folder / "test" / "dog")
-    (folder / "train" / "dog" / "gone.jpg").symlink_to(tmp_path / "nowhere.jpg")
-    paths = list(files_below(folder / "train"))
-    assert "dog/more/1.jpg" in paths
-    assert len(paths) == 24 + 2
-    assert len(list(image_paths(folder / "train" / "cat"))) == 8
-    assert {Path(path).name for path, _ in bad_links(folder)} == {"loop", "gone.jpg"}
+def test_links_are_followed_and_every_folder_is_read_once(folder, tmp_path):
+    train = folder / "train"
+    outside = tmp_path / "outside"
+    (outside / "deep").mkdir(parents=True)
+    (outside / "deep" / "x.jpg").write_bytes(jpeg(7))
+    (outside / "back").symlink_to(outside)
+    (train / "cat" / "loop").symlink_to(train)
+    (train / "cat" / "self").symlink_to("self")
+    (train / "cat" / "d").symlink_to("../dog")
+    (train / "dog" / "c").symlink_to("../cat")
+    (train / "dog" / "gone.jpg").symlink_to(tmp_path / "nowhere.jpg")
+    (train / "dog" / "more").symlink_to(folder / "test" / "dog")
+    (train / "dog" / "out").symlink_to(outside)
+    (train / "emu" / "out").symlink_to(outside / "deep")
+    (train / "emu" / "up").symlink_to(tmp_path)
+    found = dict(files_below(train))
+    images = [path for path, why in found.items() if not why]
+    assert len(images) == 24 + 2 + 1
+    assert {"dog/more/1.jpg", "dog/out/deep/x.jpg"} <= set(images)
+    twice = "a folder that is read under another path: not read again"
+    holds = "a link to a folder that holds it: not followed"
+    assert {path: why for path, why in found.items() if why} == {
+        "cat/d": twice,
+        "cat/loop": holds,
+        "cat/self": "a link to nothing: not read",
+        "dog/c": twice,
+        "dog/gone.jpg": "a link to nothing: not read",
+        "dog/out/back": holds,
+        "emu/out": twice,
+        "emu/up": holds,
+    }
+    assert opened("folder", folder).batch(np.arange(27))["label"].tolist() == (
+        [0] * 8 + [1] * 11 + [2] * 8
+    )
+
+
+@contextlib.contextmanager
+def without_the_rights_of_root() -> Iterator[None]:
+    root = os.geteuid() == 0
+    if root:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if root:
+            os.seteuid(0)
+
+
+@pytest.mark.parametrize("locked", [".", "train", "train/dog", "train/dog/deep"])
+def test_folder_that_cannot_be_read_is_named(locked):
+    with tempfile.TemporaryDirectory() as place:  # others may not enter pytest's
+        Path(place).chmod(0o755)
+        (Path(place) / "train" / "dog" / "deep").mkdir(parents=True)
+        (Path(place) / "train" / "dog" / "link").symlink_to("deep/more")
+        (Path(place) / locked).chmod(0)
+        told = rf"{Path(place, locked)}\S* cannot be read: Permission denied"
+        try:
+            with without_the_rights_of_root(), pytest.raises(UserError, match=told):
+                dataset_info("folder", source_dir=place)
+        finally:
+            (Path(place) / locked).chmod(0o755)
 
 
 def fingerprint_of(source):
@@ -255,6 +313,69 @@ def test_truncated_shard_is_named_at_the_start(shards, length):
         dataset_info("tar", source_dir=str(shards), data_dir=str(shards.parent))
 
 
+def facts_of(shards: Path):
+    found_images.find_images.cache_clear()  # as in another process
+    return dataset_info("tar", source_dir=str(shards), data_dir=str(shards.parent / "data"))
+
+
+@pytest.mark.parametrize("damage", ["a flipped bit", "a hole", "another behind it"])
+def test_shard_that_tarfile_would_read_in_part_is_named(shards, damage):
+    path = shards / "train-000001.tar"
+    data = bytearray(path.read_bytes())
+    place, after = data.index(b"dog/2.jpg"), "dog/1.cls"
+    if damage == "a flipped bit":
+        data[place] ^= 1
+    elif damage == "a hole":  # as a file system leaves one
+        data[place : place + 2048] = bytes(2048)
+    else:
+        place, after = -(-len(data.rstrip(b"\0")) // 512) * 512, "dog/7.cls"
+        data = 2 * data
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=f"{path} is damaged: after {after}, at byte {place}: "):
+        facts_of(shards)
+
+
+@pytest.mark.parametrize(("gone", "width"), [(1, 6), (2, 5)])
+def test_missing_shard_of_so_many(shards, gone, width):
+    """The last one too, as the names of the others tell."""
+    for path in sorted(shards.glob("train-*.tar")):
+        number = int(path.stem[-1])
+        path.rename(path.with_name(f"train-{number:0{width}d}-of-{3:0{width}d}.tar"))
+    assert facts_of(shards).splits == {"train": 24, "test": 6}
+    path = shards / f"train-{gone:0{width}d}-of-{3:0{width}d}.tar"
+    path.rename(path.with_suffix(".away"))
+    with pytest.raises(UserError, match=f"{path}: of the split 'train' the shard {gone} is miss"):
+        facts_of(shards)
+    path.with_suffix(".away").rename(shards / f"train-{gone:0{width}d}-of-{4:0{width}d}.tar")
+    with pytest.raises(UserError, match="the shards of 'train' are of several sets"):
+        facts_of(shards)
+
+
+@pytest.mark.parametrize("pattern", ["train-000002.tar", "test-*.tar"])
+def test_shard_that_was_there_before_is_missed(shards, pattern):
+    (shards / "more.tar").touch()
+    assert facts_of(shards).splits == {"train": 24, "test": 6}
+    gone = sorted(shards.glob(pattern))
+    for path in gone:
+        path.unlink()
+    with pytest.raises(UserError, match=f"{gone[0]} is missing: it was there before") as caught:
+        facts_of(shards)
+    Path(str(caught.value).rpartition("delete ")[2]).unlink()
+    assert facts_of(shards).splits["train"] == (16 if "train" in pattern else 24)
+
+
+@pytest.mark.parametrize("label", ["3000000", "3", "1" + "0" * 30])
+def test_label_in_a_shard_out_of_range(shards, label):
+    write_tar(shards / "train-000003.tar", {"x.jpg": jpeg(0), "x.cls": label.encode()})
+    path = shards / "train-000003.tar"
+    if label == "3":
+        assert facts_of(shards).num_classes == 4
+        (shards / "train-000000.tar").write_bytes((shards / "train-000001.tar").read_bytes())
+        (shards / "test-000000.tar").write_bytes((shards / "train-000001.tar").read_bytes())
+    with pytest.raises(UserError, match=rf"{path}: (image 0|x).*(must be 0 to|from 0 to)"):
+        facts_of(shards)
+
+
 @pytest.mark.parametrize("content", [None, b"-1"])
 def test_image_in_a_shard_without_a_class(shards, content):
     extra = {} if content is None else {"more/x.cls": content}
@@ -264,12 +385,21 @@ def test_image_in_a_shard_without_a_class(shards, content):
 
 
 def test_shards_are_read_through_once(shards, monkeypatch):
-    from cnn_jax.data import found_images
-
     first = opened("tar", shards).batch(np.arange(24))
     found_images.find_images.cache_clear()
     monkeypatch.setattr(found_images, "_read_index", None)
     np.testing.assert_equal(opened("tar", shards).batch(np.arange(24)), first)
+
+
+@pytest.mark.parametrize("content", [b"", b"\x93NUMPY", b"[1"])
+def test_damaged_notes_of_shards_are_made_again(shards, content):
+    before = facts_of(shards)
+    notes = list((shards.parent / "data" / ".cnn_jax_index").iterdir())
+    assert len(notes) == 6 + 1
+    for note in notes:
+        note.write_bytes(content)
+    assert facts_of(shards) == before
+    assert content not in [note.read_bytes() for note in notes]
 
 
 def test_file_of_records_is_found_damaged_or_missing_at_the_start(records):
@@ -291,6 +421,21 @@ def test_flipped_byte_in_records_names_file_and_record(records):
     path.write_bytes(data)
     with pytest.raises(UserError, match=rf"{path}: record \d+: damaged record"):
         opened("records", records).batch(np.arange(24))
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]", '{"class_names": 3, "splits": {}}'])
+def test_damaged_facts_of_records(folder, records, content):
+    facts = records / "cnn_jax_records.json"
+    facts.write_text(content)
+    with pytest.raises(UserError, match=f"{facts} is damaged"):
+        opened("records", records)
+    unfinished = facts.rename(records / "cnn_jax_records.json.unfinished")
+    with pytest.raises(UserError, match=f"{unfinished} is damaged .*: delete its directory"):
+        prepare(folder, records)
+    for path in records.glob("*.array_record"):
+        path.unlink()
+    prepare(folder, records)  # nothing had been written
+    assert dict(opened("records", records).info.splits) == {"train": 24, "test": 6}
 
 
 DIE_WHILE_WRITING = """

@@ -9,7 +9,7 @@ import zlib
 import numpy as np
 import pytest
 import simplejpeg
-from PIL import Image
+from PIL import Image, features
 
 from cnn_jax.data.images import (
     MAX_PIXELS,
@@ -18,6 +18,7 @@ from cnn_jax.data.images import (
     central_box,
     crop,
     decode,
+    decoders,
     random_box,
     shrink,
     size_of,
@@ -96,6 +97,21 @@ def test_image_bomb_is_refused_by_its_header():
 def test_what_is_no_image(data):
     with pytest.raises(ImageError):
         decode(data)
+
+
+def test_whatever_a_decoder_raises_is_damage():
+    if not features.check("avif"):
+        pytest.skip("this Pillow knows no AVIF")
+    hostile = encoded(smooth(20, 20), "AVIF").replace(b"iloc", b"free")
+    with pytest.raises(RuntimeError, match="Missing or empty image item"):
+        Image.open(io.BytesIO(hostile))
+    with pytest.raises(ImageError, match=r"damaged \(Failed to decode image: Missing"):
+        size_of(hostile)
+
+
+def test_lack_of_memory_is_not_damage():
+    with pytest.raises(MemoryError), decoders():
+        bytearray(2**62)
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP"])

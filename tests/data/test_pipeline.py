@@ -185,7 +185,10 @@ def test_batch_must_divide_by_processes():
 @pytest.mark.parametrize("num_threads", [0, 2])
 def test_damage_arrives_as_a_user_error(own_prepared_dir, num_threads):
     (path,) = own_prepared_dir.rglob("*-train.array_record*")
-    path.write_bytes(path.read_bytes()[:1_000_000])
+    data = bytearray(path.read_bytes())
+    for place in range(1000, len(data) // 2, 5000):  # the end is looked at when it is opened
+        data[place] ^= 1
+    path.write_bytes(data)
     source = open_source(
         "fashion_mnist_10k", "train", data_dir=str(own_prepared_dir), memory_limit_mb=0
     )

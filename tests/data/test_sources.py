@@ -179,12 +179,17 @@ def test_a_damaged_record_is_skipped_in_memory_as_on_disk(own_prepared_dir, dama
         assert f"{path} is damaged: record {spoiled} cannot be read" in line
 
 
-@pytest.mark.parametrize("length", [0, 1_000_000])
-def test_truncated_file_is_named(own_prepared_dir, length):
+@pytest.mark.parametrize("memory_limit_mb", [0, 64])
+@pytest.mark.parametrize("length", [None, 0, 100, 1_000_000])
+def test_missing_or_truncated_file_is_named_at_the_start(own_prepared_dir, length, memory_limit_mb):
     (path,) = own_prepared_dir.rglob("*-train.array_record*")
-    path.write_bytes(path.read_bytes()[:length])
-    with pytest.raises(UserError, match=f"{re.escape(str(path))} is damaged: record 0 "):
-        open_subset(own_prepared_dir)
+    whole = path.read_bytes()
+    path.unlink()
+    if length is not None:
+        path.write_bytes(whole[:length])
+    told = f"{re.escape(str(path))}, shard 0 of 1, is {'missing' if length is None else 'damaged'}"
+    with pytest.raises(UserError, match=f"{told}.*; delete {re.escape(str(path.parent))}, and the"):
+        open_subset(own_prepared_dir, memory_limit_mb=memory_limit_mb)
 
 
 def test_fingerprint_tells_everything_that_matters(prepared_dir):

@@ -1,9 +1,12 @@
 """The command line: `python -m cnn_jax COMMAND`, installed as `cnn-jax`."""
 
 import argparse
+import contextlib
 import inspect
 import os
 import re
+import select
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -58,20 +61,35 @@ examples:
 
 
 def run(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Ends the process with the exit code of `main`."""
+    """Ends the process with the exit code of `main`.
+
+    Where who read its output has left (`... | head -1`), that is 141, as a shell says of a tool.
+    """
     sys.excepthook = _without_abandoned_arrays(sys.excepthook)
     sys.unraisablehook = _without_abandoned_arrays(sys.unraisablehook)
     try:
         code = main(arguments)
-    except Exception:
-        sys.excepthook(*sys.exc_info())
+        sys.stdout.flush()
+    except Exception as error:
         code = 1
+        if isinstance(error, BrokenPipeError) and any(map(_is_unread, (1, 2))):
+            code = 128 + signal.SIGPIPE
+        else:
+            sys.excepthook(*sys.exc_info())
     distributed.leave(code)
     if code:  # a compiler in another thread would hold up Python's own exit for minutes
-        sys.stdout.flush()
-        sys.stderr.flush()
+        with contextlib.suppress(BrokenPipeError):
+            sys.stdout.flush()
+            sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
+
+
+def _is_unread(descriptor: int) -> bool:
+    """Whether nobody can read any more what is written there."""
+    poll = select.poll()
+    poll.register(descriptor, 0)
+    return bool(poll.poll(0))
 
 
 def _without_abandoned_arrays(hook: Callable[..., None]) -> Callable[..., None]:

@@ -33,7 +33,18 @@ MAY_IMPORT = {  # of the package, by part; every part may import itself
     "commands.serve": NOUNS | {"serving"},
     "commands.train": NOUNS | BETWEEN | {"commands.evaluate"},
     "commands": set(),
-    "__init__": {"models", "training", "typing"},
+    "__init__": {
+        "models",
+        "training",
+        "typing",
+        "commands.evaluate",  # for the type checker; loaded when it is used, as those below
+        "commands.export",
+        "commands.features",
+        "commands.inspect",
+        "commands.plot",
+        "commands.predict",
+        "commands.serve",
+    },
     "__main__": {"__init__", "errors", "runtime", "cli"},
     "cli": {
         "__init__",

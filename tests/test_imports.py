@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+import cnn_jax
+
 ROOT = Path(__file__).parents[1]
 
 HEAVY = (
@@ -109,6 +111,14 @@ tested = evaluate(state, {**batch, "mask": jnp.ones(4)})
 assert not set(sys.argv[1:]) & set(sys.modules)
 print(int(state.step), bool(sums["finite"]), float(tested["count"]))
 """
+
+
+def test_the_commands_are_named_and_nothing_else_is_invented():
+    for name in ("evaluate", "predict", "inspect", "plot", "export", "serve", "features"):
+        assert name in dir(cnn_jax)
+        assert (getattr(cnn_jax, name).__doc__ or "").strip().endswith(".")
+    with pytest.raises(AttributeError, match="module 'cnn_jax' has no attribute 'evaluat'"):
+        _ = cnn_jax.evaluat
 
 
 def test_models_and_steps_work_where_data_and_reports_are_not_installed(run_python):

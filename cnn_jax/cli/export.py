@@ -1,7 +1,7 @@
 """`export`, on the command line."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,8 @@ from cnn_jax.cli.arguments import add_command, add_run, new_file, refuse_overrid
 DESCRIPTION = """\
 Writes what a run has learned as one file: a function of uint8 images that gives the
 probabilities of the classes, for any batch size. JAX alone runs it on CPU, CUDA and
-TPU, without this package, or as ONNX onnxruntime; docs/using.md has the lines."""
+TPU, without this package, or as ONNX onnxruntime; docs/using.md has the lines. It
+computes in float32, and is compared with the run before it is written."""
 
 EPILOG = """\
 examples:
@@ -20,6 +21,8 @@ examples:
 
 Exit code: 0 when done, 2 for a mistake in the command, 1 for anything else.
 """
+
+CHECKED = "random images on the CPU"
 
 
 def add(commands: Any) -> None:
@@ -38,10 +41,11 @@ def add(commands: Any) -> None:
     )
     parser.add_argument(
         "--format",
+        type=_format,
         choices=("stablehlo", "onnx"),
         default="stablehlo",
-        help="a zip with StableHLO, as jax.export writes it, and a JSON; or an ONNX model, in "
-        "float32 (default: stablehlo)",
+        help="a zip with StableHLO, as jax.export writes it, and a JSON; or an ONNX model "
+        "(default: stablehlo)",
     )
 
 
@@ -60,14 +64,32 @@ def run(options: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> in
     )
     shape = " x ".join(map(str, about["input"]["shape"]))
     norms = ", BatchNorm folded" if about["batch_norms_folded"] else ""
+    where = ", ".join(about["platforms"]) if options.format == "stablehlo" else "onnxruntime"
     print(
         f"{path}: {about['model']} at step {about['step']:,}{norms}, "
         f"{path.stat().st_size:,} bytes\n"
-        f"uint8 {shape} to probabilities of {len(about['class_names'])} classes, "
-        + (
-            f"on {', '.join(about['platforms'])}"
-            if options.format == "stablehlo"
-            else f"within {about['largest_difference']:.1g} of the run's in onnxruntime"
-        )
+        f"uint8 {shape} to probabilities of {len(about['class_names'])} classes, on {where}\n"
+        f"{_compared(about['largest_difference'])}"
     )
     return 0
+
+
+def _compared(differences: Mapping[str, float]) -> str:
+    exact, others = differences["float32"], {**differences}
+    del others["float32"]
+    if not others:
+        return f"within {exact:.1g} of the run's probabilities on {CHECKED}"
+    ((precision, difference),) = others.items()
+    return (
+        f"within {exact:.1g} of the probabilities of the run's weights in float32 on {CHECKED}; "
+        f"the run computes in {precision}, and there differs by {difference:.1g}"
+    )
+
+
+def _format(text: str) -> str:
+    if text.lower().replace("_", "").replace("-", "") == "savedmodel":
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: only TensorFlow writes a SavedModel, and it is never imported here; take "
+            "stablehlo, which jax.export reads, or onnx, for other servers"
+        )
+    return text

@@ -135,17 +135,18 @@ def run(options: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> in
     if not options.config and overrides:
         options.parser.error(f"--config.{overrides[0][0]}: only with --config")
 
-    from cnn_jax.commands.inspect import inspect_config, inspect_model, inspect_run
+    from cnn_jax.commands.inspect import inspect, inspect_config, inspect_model
     from cnn_jax.config import ConfigError
 
     shown = {"depth": options.depth, "json_file": options.json}
     if options.model:
         image_shape = (*(options.image_size or (224, 224)), options.channels or 3)
-        return inspect_model(options.model, image_shape, **shown)
+        inspect_model(options.model, image_shape, **shown)
+        return 0
     if options.workdir:
         drawn = {"pictures": options.pictures, "image": options.image}
         checkpoint = options.checkpoint or "last"
-        return inspect_run(
+        inspect(
             options.workdir,
             checkpoint=checkpoint,
             ema=options.ema,
@@ -154,8 +155,10 @@ def run(options: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> in
             **drawn,
             **shown,
         )
+        return 0
     try:
-        return inspect_config(parsed(options.config, overrides), **shown)
+        inspect_config(parsed(options.config, overrides), **shown)
     except ConfigError as error:
         print(f"{options.config}: {error}", file=sys.stderr)
         return 2
+    return 0

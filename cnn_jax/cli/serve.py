@@ -7,7 +7,7 @@ from typing import Any
 from cnn_jax.cli.arguments import (
     add_command,
     add_ema,
-    existing_directory,
+    existing_run,
     positive,
     refuse_overrides,
 )
@@ -47,7 +47,7 @@ def add(commands: Any) -> None:
         epilog=EPILOG,
     )
     network = parser.add_mutually_exclusive_group(required=True)
-    network.add_argument("--workdir", metavar="RUN", type=existing_directory, help="of the run")
+    network.add_argument("--workdir", metavar="RUN", type=existing_run, help="of the run")
     network.add_argument("--model", metavar="FILE", help="that export has written; no Grad-CAM")
     parser.add_argument(
         "--checkpoint",

@@ -10,6 +10,7 @@ import numpy as np
 
 from cnn_jax.data.pipeline import eval_batches
 from cnn_jax.data.sources import Source
+from cnn_jax.errors import UserError
 from cnn_jax.plan import Plan
 from cnn_jax.runtime.files import write_json_file
 from cnn_jax.runtime.pictures import draw_confusion, draw_contact_sheet, draw_reliability
@@ -45,10 +46,13 @@ def evaluate(
       checkpoint: "last", "best" or a step.
       ema: take the moving averages of the weights and of the statistics.
       json_file: where to write the scores; it must not be there yet.
-      pictures: directory for confusion.png, reliability.png and, where there are any, mistakes.png.
+      pictures: directory for confusion.png, reliability.png and mistakes.png; those of an earlier
+        evaluation are replaced.
 
     Raises UserError for a run or a split that cannot be read, or a file that cannot be written.
     """
+    if pictures is not None:
+        _make(pictures)
     run = open_run(workdir, checkpoint=checkpoint, ema=ema, log=_say)
     source = run.open_split(split, log=_say)
     _say(f"evaluating {run.described} on {len(source):,} images")
@@ -103,17 +107,23 @@ def _table(scores: Scores, run: Trained) -> str:
     return "\n".join(lines)
 
 
+def _make(directory: Path) -> None:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"--pictures {directory}: cannot be made a directory: {error.strerror or error}"
+        ) from error
+
+
 def _draw(
     directory: Path, scores: Scores, run: Trained, source: Source, numbers: np.ndarray
 ) -> None:
     """Draws the pictures of an evaluation; `numbers` has the number of each example in `source`."""
-    directory.mkdir(parents=True, exist_ok=True)
     names = run.class_names
     draw_confusion(directory / "confusion.png", scores.confusion, names)
     draw_reliability(directory / "reliability.png", scores.calibration)
     worst = scores.worst(MISTAKES)
-    if not len(worst):
-        return
     batch = source.batch(numbers[worst])
     captions = [
         f"{names[label]}\ntaken for {names[scores.predicted[place]]}\n"

@@ -19,7 +19,7 @@ from cnn_jax.errors import UserError
 from cnn_jax.exported import DESCRIPTION, PROGRAM
 from cnn_jax.models.folding import fold_batch_norms
 from cnn_jax.plan import as_evaluated
-from cnn_jax.runtime.compiler import WITHOUT_FUSED_REDUCTIONS
+from cnn_jax.runtime.compiler import WITHOUT_FUSED_REDUCTIONS, compile_program
 from cnn_jax.runtime.platform import versions
 from cnn_jax.runtime.weight_files import refuse_existing
 from cnn_jax.storage import write_atomically
@@ -31,7 +31,7 @@ PLATFORMS = ("cpu", "cuda", "tpu")
 FORMATS = ("stablehlo", "onnx")
 
 TOLERANCE = 1e-5
-"""The largest difference of a probability that a converted model may have."""
+"""The largest difference of a probability that what is written may have."""
 
 CHECKED_BATCH = 3
 """Random images on which it is compared."""
@@ -58,12 +58,12 @@ def export(
 ) -> dict[str, Any]:
     """Writes a function of uint8 images [batch, h, w, c] that gives probabilities [batch, k].
 
-    As "stablehlo" the file is a zip of two parts: `model.stablehlo`, the function with its weights
-    and its preprocessing, for any batch size and each of `platforms`, as `jax.export` serialises
-    it; and `model.json`, which says what it is. As "onnx" it is an ONNX model, in float32, with
-    the same as metadata; what onnxruntime computes with it has been compared with the run. It is
-    there whole or not at all. BatchNorms are folded into the convolutions before them; see
-    `cnn_jax.models.folding`.
+    It computes in float32, whatever the run did, and is written only after what it gives on the CPU
+    has been compared with the run's weights in float32. As "stablehlo" the file is a zip of two
+    parts: `model.stablehlo`, the function with its weights and its preprocessing, for any batch
+    size and each of `platforms`, as `jax.export` serialises it; and `model.json`, which says what
+    it is. As "onnx" it is an ONNX model with the same as metadata. It is there whole or not at all.
+    BatchNorms are folded into the convolutions before them; see `cnn_jax.models.folding`.
 
     Args:
       workdir: directory of the run.
@@ -73,8 +73,10 @@ def export(
       form: one of `FORMATS`.
       platforms: of StableHLO: of cpu, cuda, rocm and tpu; none of them need be here.
 
-    Returns the description in the file. Raises UserError for a run that cannot be read, a missing
-    package, a network that is not converted right, or a file that cannot be written.
+    Returns the description in the file and, as `largest_difference`, those of a probability on
+    random images from the run's network: in "float32", and in the run's precision where that is
+    another. Raises UserError for a run that cannot be read, a missing package, a network that is
+    not converted right, or a file that cannot be written.
     """
     to = Path(to)
     refuse_existing(to)
@@ -83,21 +85,48 @@ def export(
     if missing:
         raise UserError(f"export: {form} needs {', '.join(missing)}; install it: {how}")
     run = open_run(workdir, checkpoint=checkpoint, ema=ema)
+    config = dataclasses.replace(run.config, precision="float32")
+    exact = dataclasses.replace(run, config=config, model=run.model.clone(dtype=jnp.float32))
+    shape = (CHECKED_BATCH, *run.dataset.image_shape)
+    images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
     write = {"stablehlo": functools.partial(_stablehlo, platforms=platforms), "onnx": _onnx}[form]
-    description, contents = write(run)
+    with jax.default_device(_cpu()):  # others multiply float32 in fewer bits, unless told
+        description, contents, found = write(exact, images)
+        differences = {
+            each.config.precision: float(np.abs(found - _probabilities_of(each, images)).max())
+            for each in (exact, run)
+        }
+    if not differences["float32"] <= TOLERANCE:
+        raise UserError(
+            f"export: as {form} it computes other probabilities than the run's weights in float32, "
+            f"by {differences['float32']:.2g}; nothing is written"
+        )
     try:
         write_atomically(to, contents)
     except OSError as error:
         raise UserError(f"{to}: cannot be written: {error.strerror or error}") from error
-    return description
+    return {**description, "largest_difference": differences}
 
 
-def _stablehlo(run: Trained, platforms: Sequence[str]) -> tuple[dict[str, Any], bytes]:
-    """Returns the description and the contents of the file."""
+def _cpu() -> Any:
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError as error:
+        raise UserError(
+            f"export: what is written is compared on the CPU, which JAX_PLATFORMS leaves out; add "
+            f"it, as in JAX_PLATFORMS=cuda,cpu ({error})"
+        ) from error
+
+
+def _stablehlo(
+    run: Trained, checked: np.ndarray, platforms: Sequence[str]
+) -> tuple[dict[str, Any], bytes, np.ndarray]:
+    """Returns the description, the contents of the file and what it makes of `checked` images."""
     function, folded = _probabilities(run)
     (batch,) = jax.export.symbolic_shape("batch")
     images = jax.ShapeDtypeStruct((batch, *run.dataset.image_shape), jnp.uint8)
     exported = jax.export.export(jax.jit(function), platforms=tuple(platforms))(images)
+    program = bytes(exported.serialize())
     description = {
         **_description(run, folded),
         "platforms": list(platforms),
@@ -106,19 +135,16 @@ def _stablehlo(run: Trained, platforms: Sequence[str]) -> tuple[dict[str, Any], 
     contents = io.BytesIO()
     with zipfile.ZipFile(contents, "w") as file:
         file.writestr(DESCRIPTION, json.dumps(description, indent=2) + "\n")
-        file.writestr(PROGRAM, bytes(exported.serialize()))
-    return description, contents.getvalue()
+        file.writestr(PROGRAM, program)
+    here = jax.export.deserialize(bytearray(program)).call if "cpu" in platforms else function
+    found = jax.jit(here, compiler_options=dict(WITHOUT_FUSED_REDUCTIONS))(checked)
+    return description, contents.getvalue(), np.asarray(found)
 
 
-def _onnx(run: Trained) -> tuple[dict[str, Any], bytes]:
-    """Returns the description and the contents of the file, once it has given the same numbers.
-
-    In float32: onnxruntime has few operations in bfloat16 on the CPU.
-    """
+def _onnx(run: Trained, checked: np.ndarray) -> tuple[dict[str, Any], bytes, np.ndarray]:
+    """Returns the description, the contents of the file and what it makes of `checked` images."""
     from cnn_jax.runtime.onnx_program import convert_to_onnx, run_onnx
 
-    config = dataclasses.replace(run.config, precision="float32")
-    run = dataclasses.replace(run, config=config, model=run.model.clone(dtype=jnp.float32))
     function, folded = _probabilities(run)
     description = _description(run, folded)
     try:
@@ -128,16 +154,18 @@ def _onnx(run: Trained) -> tuple[dict[str, Any], bytes]:
             f"export: jax2onnx does not convert {run.config.model.name}: "
             f"{' '.join(str(error).split())}; --format stablehlo takes every network"
         ) from error
-    shape = (CHECKED_BATCH, *run.dataset.image_shape)
-    images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
-    expected = jax.nn.softmax(run.compile_logits(CHECKED_BATCH)(images))
-    difference = float(np.abs(run_onnx(contents, images) - np.asarray(expected)).max())
-    if not difference <= TOLERANCE:
-        raise UserError(
-            f"export: onnxruntime computes other probabilities than the run, by {difference:.2g}; "
-            "nothing is written"
-        )
-    return {**description, "largest_difference": difference}, contents
+    return description, contents, run_onnx(contents, checked)
+
+
+def _probabilities_of(run: Trained, images: RawImages) -> np.ndarray:
+    """Returns what a run says of images, BatchNorms and all, in its precision."""
+    model = as_evaluated(run.model, run.config)
+
+    def probabilities(variables: Any, images: RawImages) -> jax.Array:
+        return jax.nn.softmax(model.apply(variables, run.normalize(images), train=False))
+
+    arguments = dict(run.variables), images
+    return np.asarray(compile_program(jax.jit(probabilities).lower(*arguments))(*arguments))
 
 
 def _probabilities(run: Trained) -> tuple[Callable[[RawImages], jax.Array], bool]:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from cnn_jax.models.explaining import (
     class_activation_map,
     effective_receptive_field,
     feature_maps,
+    feature_shapes,
 )
 from cnn_jax.models.geometry import Layer, grouped, layers, table, total
 from cnn_jax.plan import make_model
@@ -40,8 +41,44 @@ image that one of them sees, padding included ("image": all of it, "?": not know
 convolutions and matrix products; activation: the output in memory."""
 
 
-def inspect_config(config: Config, *, depth: int = 1, json_file: str | None = None) -> int:
-    """Prints the layers of the network that a run with `config` would train; returns 0.
+@dataclasses.dataclass(frozen=True)
+class Inspection:
+    """What a run's network is and has learned.
+
+    Attributes:
+      layers: its rows, as they are printed.
+      filters: the kernel of its first convolution, [h, w, c, n].
+      of_image: what it makes of the image; None without one.
+    """
+
+    layers: list[Layer]
+    filters: np.ndarray
+    of_image: "OfImage | None"
+
+
+@dataclasses.dataclass(frozen=True)
+class OfImage:
+    """What a run's network makes of an image.
+
+    Attributes:
+      pixels: uint8 [h, w, c], as the network sees it.
+      probabilities: by class name, as those are numbered.
+      stages: what every stage makes of it, [h, w, c], by name.
+      fields: how much of it the middle of every stage sees.
+      class_name: whose evidence it is.
+      evidence: where in the last stage the evidence for that class lies, [h, w].
+    """
+
+    pixels: np.ndarray
+    probabilities: Mapping[str, float]
+    stages: Mapping[str, np.ndarray]
+    fields: Sequence[Field]
+    class_name: str
+    evidence: np.ndarray
+
+
+def inspect_config(config: Config, *, depth: int = 1, json_file: str | None = None) -> list[Layer]:
+    """Returns the layers of the network that a run with `config` would train, and prints them.
 
     With a `json_file` the rows are written there as well, or, if it is "-", printed alone.
 
@@ -54,8 +91,8 @@ def inspect_config(config: Config, *, depth: int = 1, json_file: str | None = No
 
 def inspect_model(
     name: str, image_shape: Sequence[int], *, depth: int = 1, json_file: str | None = None
-) -> int:
-    """Prints the layers of a network in `cnn_jax.MODELS`; returns 0. See `inspect_config`.
+) -> list[Layer]:
+    """Returns the layers of a network in `cnn_jax.MODELS`, and prints them. See `inspect_config`.
 
     Raises UserError for an unknown name or an image that the network does not take as well.
     """
@@ -67,7 +104,7 @@ def inspect_model(
     return _show(name, image_shape, rows, json_file)
 
 
-def inspect_run(
+def inspect(
     workdir: str | Path,
     *,
     checkpoint: str = "last",
@@ -78,13 +115,14 @@ def inspect_run(
     method: str = "grad_cam",
     depth: int = 1,
     json_file: str | None = None,
-) -> int:
-    """Prints the layers of a run's network, and draws what it has learned; returns 0.
+) -> Inspection:
+    """Returns what a run's network is and has learned, prints its layers and draws the rest.
 
     The directory `pictures` receives `filters.png`, those of the first convolution. With the file
     of an `image` also `stages.png`, what every stage makes of it; `receptive_fields.png`, how much
     of it the middle of every stage sees; and `evidence.png`, where the evidence for a class lies by
-    one of `explaining.METHODS`: the predicted one, or that of `class_name`.
+    one of `explaining.METHODS`: the predicted one, or that of `class_name`. Without `pictures` all
+    of it is returned alike.
 
     Raises UserError for a run, an image or a class that is not there, or a directory that cannot be
     written. See `inspect_config`.
@@ -94,38 +132,66 @@ def inspect_run(
         hint = nearest(class_name, run.class_names)
         raise UserError(f"class {class_name!r}: is not one of the run's classes{hint}")
     shape = run.dataset.image_shape
-    pixels = np.zeros(shape, np.uint8) if image is None else read_image(Path(image), shape)
+    pixels = None if image is None else read_image(Path(image), shape)
     rows = _rows(run.model, run.config, shape, depth)
     _show(run.config.model.name, shape, rows, json_file)
+    of_image = None if pixels is None else _of_image(run, pixels, class_name, method)
+    found = Inspection(rows, _filters(run), of_image)
     if pictures is None:
-        return 0
+        return found
     directory = Path(pictures)
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        _draw_filters(directory, run, pixels)
-        if image is not None:
-            _draw_image(directory, run, pixels)
-            _draw_evidence(directory, run, pixels, class_name, method)
+        _draw(directory, found, METHODS[method])
     except OSError as error:
         raise UserError(f"{directory}: cannot be written: {error.strerror or error}") from error
     if json_file != "-":
         print(f"\ndrawn in {directory}")
-    return 0
+    return found
 
 
-def _draw_filters(directory: Path, run: Trained, pixels: np.ndarray) -> None:
-    maps = feature_maps(run.model, run.variables, run.normalize(pixels[None]))
+def _filters(run: Trained) -> np.ndarray:
+    images = run.normalize(np.zeros((1, *run.dataset.image_shape), np.uint8))
     params = flatten_dict(run.variables["params"], sep="/")
-    kernels = (params[f"{path}/kernel"] for path in maps if f"{path}/kernel" in params)
-    draw_filters(directory / "filters.png", np.asarray(next(kernels), np.float32))
+    paths = feature_shapes(run.model, run.variables, images)
+    kernels = (params[f"{path}/kernel"] for path in paths if f"{path}/kernel" in params)
+    return np.asarray(next(kernels), np.float32)
 
 
-def _draw_image(directory: Path, run: Trained, pixels: np.ndarray) -> None:
+def _of_image(run: Trained, pixels: np.ndarray, class_name: str | None, method: str) -> OfImage:
     images = run.normalize(pixels[None])
     stages = run.model.clone(features_only=True).apply(run.variables, images, train=False)
-    maps = {f"stage {n}": np.asarray(x[0], np.float32) for n, x in enumerate(stages, start=1)}
-    draw_feature_maps(directory / "stages.png", maps)
-    draw_receptive_fields(directory / "receptive_fields.png", pixels, _fields(run, images))
+    logits = run.model.apply(run.variables, images, train=False)
+    shares = dict(zip(run.class_names, jax.nn.softmax(logits)[0].tolist(), strict=True))
+    class_name = class_name or _predicted(shares)
+    classes = jnp.array([run.class_names.index(class_name)])
+    maps = class_activation_map(run.model, run.variables, images, classes, method=method)
+    return OfImage(
+        pixels=pixels,
+        probabilities=shares,
+        stages={f"stage {n}": np.asarray(x[0], np.float32) for n, x in enumerate(stages, start=1)},
+        fields=_fields(run, images),
+        class_name=class_name,
+        evidence=np.asarray(maps[0], np.float32),
+    )
+
+
+def _predicted(probabilities: Mapping[str, float]) -> str:
+    return max(probabilities, key=lambda name: probabilities[name])
+
+
+def _draw(directory: Path, found: Inspection, method: str) -> None:
+    draw_filters(directory / "filters.png", found.filters)
+    seen = found.of_image
+    if seen is None:
+        return
+    draw_feature_maps(directory / "stages.png", seen.stages)
+    draw_receptive_fields(directory / "receptive_fields.png", seen.pixels, seen.fields)
+    predicted = _predicted(seen.probabilities)
+    caption = f"{seen.class_name} ({seen.probabilities[seen.class_name]:.1%})"
+    if seen.class_name != predicted:
+        caption += f"; predicted: {predicted} ({seen.probabilities[predicted]:.1%})"
+    draw_evidence(directory / "evidence.png", seen.pixels, seen.evidence, caption, method)
 
 
 def _fields(run: Trained, images: Images) -> list[Field]:
@@ -163,38 +229,22 @@ def _box(row: Layer) -> tuple[float, float, float, float] | None:
     return top, left, height, width
 
 
-def _draw_evidence(
-    directory: Path, run: Trained, pixels: np.ndarray, class_name: str | None, method: str
-) -> None:
-    images = run.normalize(pixels[None])
-    probabilities = jax.nn.softmax(run.model.apply(run.variables, images, train=False))[0]
-    predicted = int(probabilities.argmax())
-    shown = predicted if class_name is None else run.class_names.index(class_name)
-    classes = jnp.array([shown])
-    maps = class_activation_map(run.model, run.variables, images, classes, method=method)
-    caption = f"{run.class_names[shown]} ({probabilities[shown]:.1%})"
-    if shown != predicted:
-        caption += f"; predicted: {run.class_names[predicted]} ({probabilities[predicted]:.1%})"
-    evidence = np.asarray(maps[0], np.float32)
-    draw_evidence(directory / "evidence.png", pixels, evidence, caption, METHODS[method])
-
-
 def _rows(model: Any, config: Config, image_shape: Sequence[int], depth: int) -> list[Layer]:
     return grouped(layers(model, image_shape, dtype=jnp.dtype(config.precision)), depth)
 
 
 def _show(
-    name: str, image_shape: Sequence[int], rows: Sequence[Layer], json_file: str | None
-) -> int:
+    name: str, image_shape: Sequence[int], rows: list[Layer], json_file: str | None
+) -> list[Layer]:
     text = json.dumps(_plain(name, image_shape, rows), indent=2)
     if json_file == "-":
         print(text)
-        return 0
+        return rows
     if json_file is not None:
         write_json_file(Path(json_file), text + "\n")
     shape = " x ".join(map(str, image_shape))
     print(f"{name}, image {shape}\n\n{table(rows)}\n\n{LEGEND}")
-    return 0
+    return rows
 
 
 def _plain(name: str, image_shape: Sequence[int], rows: Sequence[Layer]) -> dict[str, Any]:

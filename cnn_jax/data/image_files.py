@@ -33,13 +33,17 @@ def find_images(paths: Iterable[str]) -> Iterator[Path]:
     """
     for text in paths:
         path = Path(text)
-        if path.is_dir():
-            found = sorted(each for each in path.rglob("*") if each.suffix.lower() in SUFFIXES)
-        elif path.exists() or not glob.has_magic(text):
-            found = [path]
+        if path.exists() or not glob.has_magic(text):
+            matches = [path]
         else:
-            found = sorted(map(Path, glob.glob(text, recursive=True)))
-        yield from found or [path]
+            matches = sorted(map(Path, glob.glob(text, recursive=True)))
+        yield from dict.fromkeys(each for match in matches for each in _below(match)) or [path]
+
+
+def _below(path: Path) -> list[Path]:
+    if not path.is_dir():
+        return [path]
+    return sorted(each for each in path.rglob("*") if each.suffix.lower() in SUFFIXES)
 
 
 def read_image(path: Path, image_shape: tuple[int, int, int]) -> np.ndarray:

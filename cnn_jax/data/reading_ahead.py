@@ -2,6 +2,7 @@
 
 import itertools
 import struct
+import zlib
 from collections import deque
 from collections.abc import Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,6 +22,7 @@ AT_ONCE = 16
 """Files that a thread reads one after the other: for a small image, asking it costs as much."""
 
 PNG, PNG_ENDS = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
+PNG_PIXELS = {b"IHDR", b"IDAT", b"IEND", b"pHYs"}
 PNG_COLOURS = {1: 0, 3: 2}
 """What a PNG's header says of grey and of RGB pixels."""
 
@@ -85,7 +87,7 @@ def _read(path: Path, into: np.ndarray) -> str | None:
 
 
 def _plain_png(path: Path, image_shape: tuple[int, ...]) -> np.ndarray | None:
-    """Returns the pixels of a whole PNG of 8 bits, that shape and no EXIF; None for any other."""
+    """Returns the pixels of a whole PNG of 8 bits, that shape and no more; None for any other."""
     height, width, channels = image_shape
     try:
         data = path.read_bytes()
@@ -94,8 +96,24 @@ def _plain_png(path: Path, image_shape: tuple[int, ...]) -> np.ndarray | None:
     header = struct.pack(">4sIIBB", b"IHDR", width, height, 8, PNG_COLOURS[channels])
     if not data.startswith(PNG) or data[12:26] != header or not data.endswith(PNG_ENDS):
         return None
-    if b"eXIf" in data:
+    if not _is_pixels_alone(data):
         return None
     colour = cv2.IMREAD_GRAYSCALE if channels == 1 else cv2.IMREAD_COLOR_RGB
     pixels = cv2.imdecode(np.frombuffer(data, np.uint8), colour)
     return None if pixels is None else pixels.reshape(image_shape)
+
+
+def _is_pixels_alone(png: bytes) -> bool:
+    """Whether it has no chunk but those of pixels, and their checksums are right.
+
+    Others may turn the image or make pixels transparent, and of damage libpng writes to stderr.
+    """
+    start = len(PNG)
+    while start < len(png):
+        end = start + 8 + int.from_bytes(png[start : start + 4])
+        if png[start + 4 : start + 8] not in PNG_PIXELS:
+            return False
+        if png[end : end + 4] != zlib.crc32(png[start + 4 : end]).to_bytes(4):
+            return False
+        start = end + 4
+    return True

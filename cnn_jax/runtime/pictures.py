@@ -98,9 +98,9 @@ def draw_reliability(path: Path, calibration: Calibration) -> None:
 
 
 def draw_contact_sheet(path: Path, images: np.ndarray, captions: Sequence[str]) -> None:
-    """Draws images [n, h, w, c] in rows, each under its caption."""
-    columns = min(COLUMNS, len(images))
-    rows = math.ceil(len(images) / columns)
+    """Draws images [n, h, w, c] in rows, each under its caption; says so where there is none."""
+    columns = max(min(COLUMNS, len(images)), 1)
+    rows = max(math.ceil(len(images) / columns), 1)
     with picture(path, 1.7 * columns, 2.15 * rows) as figure:
         cells = figure.subplots(rows, columns, squeeze=False).ravel()
         for axes in cells:
@@ -108,6 +108,8 @@ def draw_contact_sheet(path: Path, images: np.ndarray, captions: Sequence[str]) 
         for axes, image, caption in zip(cells, images, captions, strict=False):
             show(axes, image)
             axes.set_title(caption, fontsize=7)
+        if not len(images):
+            cells[0].set_title("none", fontsize=7)
 
 
 def draw_filters(path: Path, kernel: np.ndarray) -> None:

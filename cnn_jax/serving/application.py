@@ -121,6 +121,10 @@ class Service:
             await loop.run_in_executor(self._compute, each)
         self.ready = True
 
+    def count_refused_connection(self) -> None:
+        """Counts a client that was told to come again before it could ask."""
+        self._metrics.refused.labels("connections").inc()
+
     async def stop(self, seconds: float) -> None:
         """Refuses what comes from now on; returns when the rest is answered, or after `seconds`."""
         self.stopping = True
@@ -186,7 +190,8 @@ class Service:
         return response
 
     async def _health(self, request: web.Request) -> web.Response:
-        if any(each.done() for each in self._tasks) or self._images.computing_for > STUCK:
+        stuck = any(each.computing_for > STUCK for each in (self._images, self._explanations))
+        if stuck or any(each.done() for each in self._tasks):
             return _error(500, "the computation is stuck")
         return web.json_response({"status": "alive"})
 

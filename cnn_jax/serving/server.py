@@ -4,6 +4,7 @@ import asyncio
 import logging
 import signal
 import warnings
+from collections.abc import Callable
 
 from aiohttp import http_exceptions, web
 
@@ -55,7 +56,9 @@ async def run(
     )
     await runner.setup()
     try:
-        listener = await _listen(runner, host, port, limits.max_connections)
+        listener = await _listen(
+            runner, host, port, limits.max_connections, service.count_refused_connection
+        )
         for socket in listener.sockets:
             name, number = socket.getsockname()[:2]
             _say(f"listening at http://{f'[{name}]' if ':' in name else name}:{number}")
@@ -78,14 +81,21 @@ async def run(
 
 
 async def _listen(
-    runner: web.AppRunner, host: str, port: int, max_connections: int
+    runner: web.AppRunner,
+    host: str,
+    port: int,
+    max_connections: int,
+    count_refused: Callable[[], None],
 ) -> asyncio.Server:
     server = runner.server
     if server is None:
         raise RuntimeError("the runner has not been set up")
 
     def connection() -> asyncio.Protocol:
-        return server() if len(server.connections) < max_connections else _Refusal()
+        if len(server.connections) < max_connections:
+            return server()
+        count_refused()
+        return _Refusal()
 
     try:
         return await asyncio.get_running_loop().create_server(connection, host, port)

@@ -1,5 +1,6 @@
 """One prepared data set, one compilation cache and one uninterrupted run for all tests here."""
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -56,6 +57,15 @@ def killed_run(trainer, reference, tmp_path_factory) -> Path:
     child.wait_for("step 14/24")
     child.kill()
     return workdir
+
+
+@pytest.fixture(scope="session")
+def in_bfloat16(reference, tmp_path_factory) -> Path:
+    """The whole run as one that computes in bfloat16; not to be written to."""
+    run = shutil.copytree(reference, tmp_path_factory.mktemp("in_bfloat16") / "run")
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(config | {"precision": "bfloat16"}))
+    return run
 
 
 @pytest.fixture

@@ -26,6 +26,7 @@ from cnn_jax.__main__ import _parser, main
 from cnn_jax.commands.predict import predict
 from cnn_jax.data.image_files import read_image
 from cnn_jax.data.sources import open_source
+from cnn_jax.storage import place
 from cnn_jax.trained import open_run
 
 HEAD = b"POST /v1/predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\n"
@@ -370,12 +371,16 @@ def test_slow_clients_are_dropped_and_hold_up_nobody(server, good, expected):
 
 
 def test_more_connections_than_there_may_be(server, good):
+    before = server.metrics()
     open_ones = [server.connect() for _ in range(40)]
     server.process.wait_for(lambda: status_of(server.send(b"GET / HTTP/1.0\r\n\r\n")) == 503)
+    refused = server.send(b"GET / HTTP/1.0\r\n\r\n")
+    assert refused.endswith(b'{"error": "too many connections are open"}')
     for each in open_ones:
         each.close()
     server.process.wait_for(lambda: status_of(server.send(b"GET / HTTP/1.0\r\n\r\n")) == 200)
     assert server.predict(good).status == 200
+    assert server.rises(before)["cnn_jax_refused_total{connections}"] >= 2
 
 
 def test_a_full_queue_refuses_a_full_batch_is_computed_and_a_stop_answers_all(
@@ -507,6 +512,14 @@ def test_the_recipe_for_triton_gives_each_request_its_own_rows(
             assert sorted(row, reverse=True) == pytest.approx(
                 [share for _, share in expected[name]], abs=1e-5
             )
+
+
+@pytest.mark.parametrize("url", ["gs://bucket/run", "s3://bucket/run"])
+def test_a_run_on_object_storage_is_taken_where_it_is(url, monkeypatch):
+    pytest.importorskip("gcsfs")
+    pytest.importorskip("s3fs")
+    monkeypatch.setattr(type(place(url)), "is_dir", lambda path: True)
+    assert str(_parser().parse_args(["serve", "--workdir", url]).workdir) == url
 
 
 def test_mistakes_have_one_message(reference, tmp_path, capsys, monkeypatch):

@@ -6,14 +6,19 @@ import io
 import json
 import re
 import shutil
+import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
-from driver import read_metrics, read_state
+from driver import ROOT, Child, read_metrics, read_state
 from PIL import Image
 
+import cnn_jax
 from cnn_jax.__main__ import main
-from cnn_jax.commands import evaluate as evaluation
+from cnn_jax.commands import evaluate as command_evaluate
+from cnn_jax.commands import inspect as command_inspect
 from cnn_jax.data.sources import open_source
 from cnn_jax.trained import open_run
 
@@ -31,6 +36,19 @@ def use(capsys):
         return code, streams.out, streams.err
 
     return run
+
+
+def watched(command, monkeypatch, *names):
+    """Returns what these functions of a command are given to draw, by the picture's name."""
+    drawn = {}
+
+    def watch(draw, path, *arrays):
+        drawn[path.name] = arrays
+        draw(path, *arrays)
+
+    for name in names:
+        monkeypatch.setattr(command, name, functools.partial(watch, vars(command)[name]))
+    return drawn
 
 
 @pytest.fixture(scope="module")
@@ -56,8 +74,13 @@ def test_the_weights_are_those_of_the_checkpoint(reference):
     np.testing.assert_array_equal(stem, saved["['params']['stem']['conv']['kernel']"])
 
 
-def test_evaluate_scores_every_example_once(use, reference, probabilities, test_set, tmp_path):
+def test_evaluate_scores_every_example_once(
+    use, reference, probabilities, test_set, tmp_path, monkeypatch
+):
     path, pictures = tmp_path / "scores.json", tmp_path / "pictures"
+    drawn = watched(
+        command_evaluate, monkeypatch, "draw_confusion", "draw_reliability", "draw_contact_sheet"
+    )
     code, output, error = use(
         "evaluate", f"--workdir={reference}", f"--json={path}", f"--pictures={pictures}"
     )
@@ -71,11 +94,36 @@ def test_evaluate_scores_every_example_once(use, reference, probabilities, test_
     trained = read_metrics(reference)[-1]  # what the trainer said, by another program
     assert found["top1"] == pytest.approx(trained["test/accuracy"], abs=1e-9)
     assert found["loss"] == pytest.approx(trained["test/loss"], rel=1e-5)
-    assert sum(map(sum, found["confusion"])) == 300
     assert f"top-1 {found['top1']:.4f}" in output
+    assert_scores_of(found, probabilities, labels, open_run(reference).class_names)
+    confusion, names = drawn["confusion.png"]
+    assert confusion.tolist() == found["confusion"]
+    assert names == open_run(reference).class_names
+    (calibration,) = drawn["reliability.png"]
+    assert calibration.error == found["calibration_error"]
+    images, captions = drawn["mistakes.png"]
+    taken = probabilities.argmax(axis=1)
+    wrong = np.flatnonzero(~right)
+    worst = wrong[np.argsort(probabilities[wrong, labels[wrong]])][:40]
+    np.testing.assert_array_equal(images, test_set["image"][worst])
+    assert captions == [
+        f"{names[labels[n]]}\ntaken for {names[taken[n]]}\n"
+        f"({probabilities[n, taken[n]]:.1%}), number {n}"
+        for n in worst
+    ]
     for name in ("confusion", "reliability", "mistakes"):
         with Image.open(pictures / f"{name}.png") as picture:
             assert min(picture.size) > 400
+
+    number = int(np.flatnonzero(right)[0])  # of which there is no mistake
+    one = f"--split=test[{number}:{number + 1}]"
+    code, _, error = use("evaluate", f"--workdir={reference}", one, f"--pictures={pictures}")
+    assert (code, error) == (0, "")
+    with Image.open(pictures / "mistakes.png") as picture:  # not that of before
+        assert max(picture.size) < 400
+    code, output, error = use("evaluate", f"--workdir={reference}", f"--pictures={path}")
+    assert (code, output) == (1, "")
+    assert error == f"--pictures {path}: cannot be made a directory: File exists\n"
 
     code, output, _ = use("evaluate", f"--workdir={reference}", "--split=test[:10]")
     assert "on 10 images" in output
@@ -105,7 +153,7 @@ def test_evaluate_leaves_out_what_its_run_would_skip(
     path.write_text(json.dumps(config))
     drawn = []
     monkeypatch.setattr(
-        evaluation, "draw_contact_sheet", lambda *arguments: drawn.append(arguments)
+        command_evaluate, "draw_contact_sheet", lambda *arguments: drawn.append(arguments)
     )
     scores = tmp_path / "scores.json"
     flags = (f"--workdir={complete}", f"--json={scores}", f"--pictures={tmp_path / 'pictures'}")
@@ -121,6 +169,43 @@ def test_evaluate_leaves_out_what_its_run_would_skip(
     numbers = [int(caption.rpartition(" ")[2]) for caption in captions]
     assert min(numbers) < damaged < max(numbers)
     np.testing.assert_array_equal(images, test_set["image"][numbers])
+
+
+def assert_scores_of(found, probabilities, labels, class_names):
+    """By comparing every example with every class, and every edge of a bin."""
+    better = (probabilities > probabilities[range(len(labels)), labels][:, None]).sum(axis=1)
+    assert found["top5"] == (better < 5).mean()
+    assert found["top1"] < found["top5"] < 1
+    predicted, confidence = probabilities.argmax(axis=1), probabilities.max(axis=1)
+    f1 = []
+    for number, (row, name) in enumerate(zip(found["classes"], class_names, strict=True)):
+        of_class, taken_for = labels == number, predicted == number
+        both = int((of_class & taken_for).sum())
+        precision = both / taken_for.sum() if taken_for.any() else 0.0
+        recall = both / of_class.sum()
+        f1.append(2 * precision * recall / (precision + recall) if both else 0.0)
+        assert (row["name"], row["support"]) == (name, of_class.sum())
+        assert row["precision"] == pytest.approx(precision, rel=1e-12)
+        assert row["recall"] == pytest.approx(recall, rel=1e-12)
+        assert row["f1"] == pytest.approx(f1[-1], rel=1e-12)
+        assert found["confusion"][number] == [
+            int((of_class & (predicted == other)).sum()) for other in range(len(class_names))
+        ]
+    assert found["macro_f1"] == pytest.approx(np.mean(f1), rel=1e-12)
+    error = 0.0
+    for number, row in enumerate(found["calibration"]):
+        assert [row["from"], row["to"]] == pytest.approx([number / 15, (number + 1) / 15])
+        inside = (confidence > number / 15) & (confidence <= (number + 1) / 15)
+        assert row["count"] == inside.sum()
+        if not inside.any():
+            assert row["accuracy"] is row["confidence"] is None
+            continue
+        right = (predicted == labels)[inside].mean()
+        assert row["accuracy"] == pytest.approx(right, rel=1e-12)
+        assert row["confidence"] == pytest.approx(confidence[inside].mean(), abs=1e-6)
+        error += inside.mean() * abs(right - confidence[inside].mean())
+    assert found["calibration_error"] == pytest.approx(error, abs=1e-6)
+    assert len(found["calibration"]) == 15
 
 
 def test_which_checkpoint(use, complete, reference):
@@ -195,6 +280,66 @@ def test_predict_without_an_image_is_exit_code_1(use, reference, tmp_path):
     assert error.startswith(f"{tmp_path}/gone.png: there is no such file\n")
 
 
+def test_output_that_nobody_reads_is_a_quiet_end(trainer, reference, photos):
+    flags = [f"--workdir={reference}", "--format=csv", "--top=10", "--batch-size=1"]
+    paths = [str(photos / "0.png")] * 400  # more than a pipe holds
+    with subprocess.Popen(
+        [sys.executable, "-m", "cnn_jax", "predict", *flags, *paths],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=trainer.environment,
+        cwd=ROOT,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "file,rank,class,probability\n"
+        process.stdout.close()
+        assert process.stderr is not None
+        assert process.stderr.read() == ""
+    assert process.returncode == 128 + signal.SIGPIPE
+
+
+def test_each_command_is_a_function_of_its_name(
+    trainer, reference, photos, probabilities, tmp_path
+):
+    run, image = str(reference), photos / "2.png"
+    scores = cnn_jax.evaluate(run)
+    labels = scores.labels
+    np.testing.assert_allclose(scores.losses, -np.log(probabilities[range(300), labels]), atol=1e-4)
+    (prediction,) = cnn_jax.predict(run, [str(image)])
+    assert prediction.classes[0][1] == pytest.approx(probabilities[2].max(), abs=1e-6)
+
+    found = cnn_jax.inspect(run, image=image, class_name="Bag")
+    assert [row.path for row in found.layers] == ["stem", "stage1_block1", "head"]
+    assert found.filters.shape == (3, 3, 1, 4)
+    assert cnn_jax.inspect(run).of_image is None
+    seen = found.of_image
+    assert list(seen.probabilities.values()) == pytest.approx(probabilities[2], abs=1e-6)
+    assert (seen.class_name, seen.evidence.shape) == ("Bag", (14, 14))
+    assert [field.strength.shape for field in seen.fields] == [(28, 28)]
+    assert {name: each.shape for name, each in seen.stages.items()} == {"stage 1": (14, 14, 4)}
+
+    cnn_jax.plot([run], tmp_path / "plot.png")
+    assert cnn_jax.export(run, tmp_path / "clothes.zip", platforms=["cpu"])["step"] == 24
+    arrays = cnn_jax.features(run, tmp_path / "features.npz", paths=[str(image)])
+    head = open_run(reference).variables["params"]["head"]
+    logits = np.float64(arrays["stage1_block1"] @ head["kernel"] + head["bias"])
+    shares = np.exp(logits) / np.exp(logits).sum()
+    np.testing.assert_allclose(shares[0], probabilities[2], atol=1e-6)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "plot.png",
+        "clothes.zip",
+        "features.npz",
+    }
+
+    serve = "import sys, cnn_jax; print('ended with', cnn_jax.serve(workdir=sys.argv[1], port=0))"
+    server = Child([sys.executable, "-c", serve, run], trainer.environment)
+    server.wait_for("ready: ")
+    server.send(signal.SIGTERM)
+    assert server.end() == 0
+    assert server.lines[-1] == "ended with 0"
+
+
 def test_plot_several_runs(use, reference, complete, tmp_path):
     path = tmp_path / "plot.png"
     code, output, _ = use("plot", reference, complete, "--to", path)
@@ -217,21 +362,14 @@ def test_plot_several_runs(use, reference, complete, tmp_path):
 def test_inspect_draws_what_was_learned(
     use, reference, photos, probabilities, test_set, tmp_path, monkeypatch
 ):
-    from cnn_jax.commands import inspect as command
-
-    drawn = {}
-
-    def watch(draw, path, *arrays):
-        drawn[path.name] = arrays
-        draw(path, *arrays)
-
-    for draw in (
-        command.draw_filters,
-        command.draw_feature_maps,
-        command.draw_receptive_fields,
-        command.draw_evidence,
-    ):
-        monkeypatch.setattr(command, draw.__name__, functools.partial(watch, draw))
+    drawn = watched(
+        command_inspect,
+        monkeypatch,
+        "draw_filters",
+        "draw_feature_maps",
+        "draw_receptive_fields",
+        "draw_evidence",
+    )
     flags = (f"--workdir={reference}", f"--pictures={tmp_path / 'new' / 'pictures'}")
     code, output, error = use("inspect", *flags, f"--image={photos / '2.png'}", "--class=Bag")
     assert (code, error) == (0, "")

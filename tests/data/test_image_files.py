@@ -75,4 +75,6 @@ def test_files_folders_and_patterns(tmp_path):
     assert found("") == ["a.JPG", "b.png", "sub/c.png"]
     assert found("notes.txt", "*.png") == ["notes.txt", "b.png"]
     assert found("**/*.png") == ["b.png", "sub/c.png"]
+    assert found("*") == ["a.JPG", "b.png", "notes.txt", "sub/c.png"]  # a folder that matches too
+    assert found("**") == ["a.JPG", "b.png", "sub/c.png", "notes.txt"]  # each file once
     assert found("none*.png", "empty", "gone") == ["none*.png", "empty", "gone"]

@@ -58,7 +58,7 @@ def read_alone(path, shape):
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=["grey", "rgb"])
 @pytest.mark.parametrize("batch_size", [4, 40])
-def test_batches_are_the_images_one_by_one(tmp_path, shape, batch_size):
+def test_batches_are_the_images_one_by_one(tmp_path, shape, batch_size, capfd):
     names = [*files(), "gone.png"]
     for name, content in files().items():
         (tmp_path / name).write_bytes(content)
@@ -74,3 +74,4 @@ def test_batches_are_the_images_one_by_one(tmp_path, shape, batch_size):
         np.testing.assert_array_equal(image, expected, err_msg=path)
     assert sum(error is not None for error in errors) >= 3
     assert not found[len(paths) :].any()
+    assert capfd.readouterr().err == ""  # libpng has a word of its own for damage

@@ -69,6 +69,49 @@ def test_a_layer_inside_has_the_gradient_of_a_finite_difference(network):
     np.testing.assert_allclose(found, expected, atol=0.03 * expected.max())
 
 
+class Curved(nn.Module):
+    """Of which everything behind the layer `inner` bends, so that each place has its gradient."""
+
+    @nn.compact
+    def __call__(self, images, *, train: bool):
+        x = jnp.tanh(nn.Conv(3, (3, 3), name="inner")(images))
+        x = nn.Conv(4, (3, 3), padding="VALID", use_bias=False, name="outer")(x)
+        return nn.Dense(2, use_bias=False, name="head")((x**2).mean((1, 2)))
+
+
+@pytest.mark.parametrize("method", ["grad_cam", "grad_cam++"])
+@pytest.mark.parametrize("label", [0, 1])
+def test_a_layer_inside_by_its_formula_and_differences_in_float64(label, method):
+    model, images = Curved(), jax.random.normal(jax.random.key(0), (1, 6, 7, 2))
+    variables = model.init(jax.random.key(1), images, train=False)
+    found = class_activation_map(
+        model, variables, images, np.array([label]), layer="inner", method=method
+    )
+    A = np.float64(feature_maps(model, variables, images)["inner"][0])
+    outer, head = (np.float64(variables["params"][name]["kernel"]) for name in ("outer", "head"))
+
+    def logit(x):
+        windows = np.lib.stride_tricks.sliding_window_view(np.tanh(x), (3, 3), axis=(0, 1))
+        x = np.einsum("yxcij,ijck->yxk", windows, outer)
+        return (x**2).mean((0, 1)) @ head[:, label]
+
+    np.testing.assert_allclose(
+        logit(A), model.apply(variables, images, train=False)[0, label], rtol=1e-5
+    )
+    g = np.zeros_like(A)
+    for place in np.ndindex(A.shape):
+        step = np.zeros_like(A)
+        step[place] = 1e-5
+        g[place] = (logit(A + step) - logit(A - step)) / 2e-5
+    if method == "grad_cam":
+        weights = g.mean((0, 1))
+    else:
+        weights = (g**2 / (2 * g**2 + g**3 * A.sum((0, 1))) * np.maximum(g, 0)).sum((0, 1))
+    expected = np.maximum((weights * A).sum(-1), 0)
+    assert expected.max() > 0
+    np.testing.assert_allclose(found[0], expected, rtol=1e-4, atol=1e-4 * expected.max())
+
+
 class Brightest(nn.Module):
     """Class 1 by the brightness of any place, class 0 by the darkness."""
 

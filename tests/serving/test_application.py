@@ -5,6 +5,7 @@ import io
 import threading
 
 import numpy as np
+import pytest
 from aiohttp.test_utils import TestClient, TestServer
 from PIL import Image
 
@@ -36,10 +37,19 @@ class Device:
 
         return program
 
+    def compile_evidence(self):
+        def evidence(pixels, chosen):
+            self.began.set()
+            assert self.gate.wait(60)
+            return np.ones((1, 1))
+
+        return evidence
+
 
 def with_service(use, **limits):
     device = Device()
-    network = Network({"model": "played"}, ("dark", "bright"), (1, 1, 1), device.compile)
+    about, names, shape = {"model": "played"}, ("dark", "bright"), (1, 1, 1)
+    network = Network(about, names, shape, device.compile, device.compile_evidence)
 
     async def main():
         service = Service(network, Limits(**limits), num_threads=1)
@@ -113,12 +123,18 @@ def test_a_computation_that_fails_is_an_answer_and_the_next_is_another(capsys):
     assert "RuntimeError: the device is gone" in capsys.readouterr().err
 
 
-def test_a_computation_that_hangs_is_unwell(monkeypatch):
+async def explain(client, value):
+    async with client.post("/v1/explain?class=dark", data=png(value), headers=PNG) as answer:
+        return answer.status, await answer.read()
+
+
+@pytest.mark.parametrize("ask", [predict, explain])
+def test_a_computation_that_hangs_is_unwell(ask, monkeypatch):
     async def use(service, client, device):
         await service.warm_up()
         device.began.clear()
         device.gate.clear()
-        asked = asyncio.create_task(predict(client, 0))
+        asked = asyncio.create_task(ask(client, 0))
         await asyncio.to_thread(device.began.wait, 60)
         assert await status(client, "/healthz") == 200
         monkeypatch.setattr(application, "STUCK", 0.0)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
 from cnn_jax.__main__ import _parser, main
@@ -57,7 +58,11 @@ MISTAKEN = {
 }
 """Commands that show a mistake in a configuration."""
 
-PLACEHOLDERS = {"FILE": "configs/quickstart.py", "runs/NAME": "runs/quickstart"}
+PLACEHOLDERS = {
+    "FILE": "configs/quickstart.py",
+    "configs/mine.py": "configs/quickstart.py",  # which the reader writes
+    "runs/NAME": "runs/quickstart",
+}
 
 
 def blocks() -> Iterator[tuple[Path, str, str]]:
@@ -128,6 +133,28 @@ def place(tmp_path_factory):
 
 def test_every_block_is_of_a_kind_that_is_checked():
     assert {language for _, language, _ in blocks()} <= {"", *PYTHON, *OF_THE_SITE, *FILES}
+
+
+def test_every_block_of_yaml_is_part_of_a_recipe():
+    recipes = [
+        part
+        for path in ROOT.glob("launch/*.yaml")
+        for whole in yaml.safe_load_all(path.read_text())
+        for part in parts_of(whole)
+    ]
+    for path, language, text in blocks():
+        if language == "yaml":
+            for key, value in yaml.safe_load(text).items():
+                assert any(part.get(key) == value for part in recipes), (path, key)
+
+
+def parts_of(whole: object) -> Iterator[dict]:
+    """Every mapping within a document of YAML."""
+    if isinstance(whole, dict):
+        yield whole
+    if isinstance(whole, dict | list):
+        for part in whole.values() if isinstance(whole, dict) else whole:
+            yield from parts_of(part)
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.stem)
@@ -212,14 +239,15 @@ def test_the_commands_that_use_a_run_run(place, reference, monkeypatch, capsys):
     shutil.copyfile(reference / "metrics.jsonl", place / "runs" / "wide" / "metrics.jsonl")
     monkeypatch.chdir(place)
     monkeypatch.setattr("sys.stdin", io.StringIO("photos/a.png\n"))
-    (document,) = (path for path in DOCUMENTS if path.name == "using.md")
     commands = [
         words[3:]
         for path, script in scripts()
         for words in simple_commands(script)
-        if path == document and words[:3] == ["python", "-m", "cnn_jax"] and words[3] != "serve"
+        if path.name in ("using.md", "getting_started.md")
+        and words[:3] == ["python", "-m", "cnn_jax"]
+        and words[3] != "serve"
     ]
-    assert len(commands) >= 8
+    assert len(commands) >= 11
     commands.remove([*EXPORT, "--format", "onnx", "--to", "clothes.onnx"])  # see test_export.py,
     # and test_serve.py for the server
     for arguments in commands:

@@ -1,7 +1,9 @@
 """`serve`: a real process on a real socket, asked well and asked badly."""
 
+import asyncio
 import io
 import json
+import re
 import runpy
 import shutil
 import signal
@@ -10,6 +12,7 @@ import struct
 import sys
 import time
 import types
+import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 
@@ -520,6 +523,64 @@ def test_a_run_on_object_storage_is_taken_where_it_is(url, monkeypatch):
     pytest.importorskip("s3fs")
     monkeypatch.setattr(type(place(url)), "is_dir", lambda path: True)
     assert str(_parser().parse_args(["serve", "--workdir", url]).workdir) == url
+
+
+def test_the_configuration_for_triton_is_that_of_the_file(artefact):
+    text = (ROOT / "launch" / "triton" / "clothes" / "config.pbtxt").read_text()
+    with zipfile.ZipFile(artefact) as file:
+        about = json.loads(file.read("model.json"))
+    triton = {"uint8": "TYPE_UINT8", "float32": "TYPE_FP32"}
+    for side, name in (("input", "images"), ("output", "probabilities")):
+        pattern = rf'^{side} \[ {{ name: "(\w+)", data_type: (\w+), dims: \[ ([\d, ]+) \] }} \]$'
+        ((found, kind, dims),) = re.findall(pattern, text, re.MULTILINE)
+        assert found == name
+        assert kind == triton[about[side]["dtype"]]
+        batch, *shape = about[side]["shape"]
+        assert (batch, shape) == ("batch", [int(size) for size in dims.split(",")])
+
+
+def test_the_recipe_for_ray_answers_as_predict_does(artefact, photos, expected, monkeypatch):
+    # Ray and starlette are played: what they hand over, and what they take.
+    def deployment(**options):
+        return lambda network: types.SimpleNamespace(bind=lambda path: network(path))
+
+    def batch(**options):
+        def alone(compute):
+            async def call(self, image):
+                (row,) = await compute(self, [image])
+                return row
+
+            return call
+
+        return alone
+
+    def answer(content, status_code=200):
+        return status_code, content
+
+    played = {
+        "ray": {"serve": types.SimpleNamespace(deployment=deployment, batch=batch)},
+        "starlette": {},
+        "starlette.requests": {"Request": object},
+        "starlette.responses": {"JSONResponse": answer},
+    }
+    for name, contents in played.items():
+        monkeypatch.setitem(sys.modules, name, types.SimpleNamespace(**contents))
+    monkeypatch.setenv("MODEL", str(artefact))
+    application = runpy.run_path(str(ROOT / "launch" / "ray_serve.py"))["application"]
+
+    def ask(contents):
+        async def body():
+            return contents
+
+        return asyncio.run(application(types.SimpleNamespace(body=body)))
+
+    for name in ("0.png", "1.png"):
+        status, found = ask((photos / name).read_bytes())
+        assert status == 200
+        for row, (label, share) in zip(found["classes"], expected[name], strict=False):
+            assert row["class"] == label
+            assert row["probability"] == pytest.approx(share, abs=1e-5)
+    assert ask(b"no image")[0] == 400
 
 
 def test_mistakes_have_one_message(reference, tmp_path, capsys, monkeypatch):

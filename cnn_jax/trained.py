@@ -63,11 +63,18 @@ class Trained:
         return self.dataset.class_names or tuple(map(str, range(self.dataset.num_classes)))
 
     @property
+    def eval_fraction(self) -> float:
+        """The share of an image's sides that is evaluated: 1 where all images have one size."""
+        return 1.0 if self.dataset.has_one_size else self.config.data.eval_fraction
+
+    @property
     def preprocessing(self) -> dict[str, Any]:
         """What is done to an image before the network and inside it, for another program."""
         return {
-            "before": "as the EXIF tag turns it; grey or RGB by channels; scaled without distortion"
-            " until it covers height x width (antialiased bilinear), cut to its middle",
+            "before": "turned as the EXIF tag says; grey or RGB by channels; cut to its middle,"
+            " eval_fraction of the sides of the largest part in the proportions of height x width;"
+            " resized to that: bilinear, or where that halves it or more the mean of pixels",
+            "eval_fraction": self.eval_fraction,
             "inside": "(pixels / 255 - mean) / std",
             "mean": list(self.config.data.mean),
             "std": list(self.config.data.std),

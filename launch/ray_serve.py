@@ -8,7 +8,6 @@ size of a body: something in front of it must.
 """
 
 import asyncio
-import io
 import os
 
 import numpy as np
@@ -16,8 +15,8 @@ from ray import serve
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
-from cnn_jax.data.image_files import FORMATS, decode_image
-from cnn_jax.errors import UserError
+from cnn_jax.data.image_files import decode_image
+from cnn_jax.data.images import ImageError
 from cnn_jax.serving.batching import batch_sizes, padded
 from cnn_jax.serving.network import network_of_file
 from cnn_jax.trained import most_probable
@@ -45,12 +44,12 @@ class Network:
 
     async def __call__(self, request: Request) -> JSONResponse:
         """Returns the five most probable classes, or status 400 with what is wrong."""
-        file, shape = io.BytesIO(await request.body()), self._network.image_shape
-        limits = {"max_pixels": 50_000_000, "formats": FORMATS}
+        data, network = await request.body(), self._network
+        how = {"fraction": network.eval_fraction, "max_pixels": 50_000_000}
         try:
-            image = await asyncio.to_thread(decode_image, file, shape, **limits)
-        except UserError as error:
-            return JSONResponse({"error": f"the file {error}"}, status_code=400)
+            image = await asyncio.to_thread(decode_image, data, network.image_shape, **how)
+        except ImageError as error:
+            return JSONResponse({"error": f"the file cannot be read: {error}"}, status_code=400)
         row = await self.probabilities(image)
         best = most_probable(row, self._network.class_names, 5)
         return JSONResponse({"classes": [{"class": c, "probability": p} for c, p in best]})

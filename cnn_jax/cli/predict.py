@@ -15,9 +15,8 @@ from cnn_jax.cli.arguments import (
 
 DESCRIPTION = """\
 Says what is on images: the most probable classes with their probabilities. An image
-is turned as its EXIF tag says, scaled until it covers the size that the network was
-trained on, and cut to its middle. A file that cannot be read is reported, and the
-others go on."""
+is turned as its EXIF tag says, cut to its middle and resized as in the evaluation of
+the run. A file that cannot be read is reported, and the others go on."""
 
 EPILOG = """\
 examples:

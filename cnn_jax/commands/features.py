@@ -112,8 +112,13 @@ def _checked(run: Trained, layers: Sequence[str]) -> list[str]:
 def _of_files(
     run: Trained, paths: Iterable[str], batch_size: int, num_threads: int
 ) -> Generator[Part, None, None]:
-    shape = run.dataset.image_shape
-    batches = read_batches(paths, shape, batch_size=batch_size, num_threads=num_threads)
+    batches = read_batches(
+        paths,
+        run.dataset.image_shape,
+        fraction=run.eval_fraction,
+        batch_size=batch_size,
+        num_threads=num_threads,
+    )
     with contextlib.closing(batches):
         for batch in batches:
             for error in filter(None, batch.errors):

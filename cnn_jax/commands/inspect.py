@@ -132,7 +132,9 @@ def inspect(
         hint = nearest(class_name, run.class_names)
         raise UserError(f"class {class_name!r}: is not one of the run's classes{hint}")
     shape = run.dataset.image_shape
-    pixels = None if image is None else read_image(Path(image), shape)
+    pixels = None
+    if image is not None:
+        pixels = read_image(Path(image), shape, fraction=run.eval_fraction)
     rows = _rows(run.model, run.config, shape, depth)
     _show(run.config.model.name, shape, rows, json_file)
     of_image = None if pixels is None else _of_image(run, pixels, class_name, method)

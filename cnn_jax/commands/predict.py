@@ -54,7 +54,11 @@ def predict(
     run = open_run(workdir, checkpoint=checkpoint, ema=ema, log=_warn)
     logits, softmax = run.compile_logits(batch_size), jax.jit(jax.nn.softmax)
     batches = read_batches(
-        paths, run.dataset.image_shape, batch_size=batch_size, num_threads=num_threads
+        paths,
+        run.dataset.image_shape,
+        fraction=run.eval_fraction,
+        batch_size=batch_size,
+        num_threads=num_threads,
     )
     with contextlib.closing(batches):
         waiting = None

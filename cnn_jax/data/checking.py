@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from PIL import Image
 
 from cnn_jax.data.images import EXTENSIONS, PNG, ImageError, decode, decoders, size_of
+from cnn_jax.data.orientation import orientation_of
 
-EXIF_ORIENTATION = 0x0112
 _ENDINGS = {  # by Pillow's name of a kind; MPO is a JPEG with more behind it
     "JPEG": (".jpg", ".jpeg"),
     "MPO": (".jpg", ".jpeg"),
@@ -58,6 +58,5 @@ def _seen_by_pillow(data: bytes, suffix: str) -> Iterator[str]:
             yield "16 bits or more: the upper 8 are taken"
         if getattr(image, "n_frames", 1) > 1:
             yield "animated: the first frame is taken"
-        turned = image.getexif().get(EXIF_ORIENTATION, 1)
-        if turned != 1:
-            yield f"EXIF orientation {turned}: ignored, the pixels are taken as they lie"
+        if (orientation := orientation_of(data)) != 1:
+            yield f"EXIF orientation {orientation}: turned as it says"

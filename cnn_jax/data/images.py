@@ -1,12 +1,15 @@
 """Encoded images to uint8 pixels of one size: decoding, the random crop and the central one.
 
-One rule for every decoder: 8-bit RGB, the first frame, no alpha; an EXIF rotation is ignored, as
-torchvision and TFDS ignore it.
+One rule for every decoder: 8-bit RGB, the first frame, no alpha, turned as the EXIF tag says: all
+heights and widths are those that a person sees. Of an image that is evaluated, predicted or served
+a network gets what `crop_center` takes.
 """
 
 import contextlib
+import functools
 import io
 import math
+import zlib
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -15,7 +18,10 @@ import numpy as np
 import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
+from cnn_jax.data.orientation import SIDEWAYS, orientation_of, png_chunks, turned
+
 cv2.setNumThreads(0)  # each of our own threads makes a whole batch
+cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # damage is an ImageError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 """What a file's name must end with, in either case, to be taken for an image."""
@@ -23,13 +29,21 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 MAX_PIXELS = 100_000_000
 """A larger image is refused before it is decoded: a few bytes can claim any size."""
 
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+"""Pillow's names of the kinds of images that are read, whatever a file's name is."""
+
 JPEG, PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
+_PNG_PIXELS = (b"IHDR", b"PLTE", b"IDAT", b"IEND")
 _BY_LIBJPEG = ("YCbCr", "RGB", "Gray")  # what it converts to RGB, unlike CMYK
 _AS_RGB = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
 
 
 class ImageError(ValueError):
     """Why an encoded image cannot be used."""
+
+
+class TooManyPixelsError(ImageError):
+    """An image that is larger than is allowed; nothing of it has been decoded."""
 
 
 @contextlib.contextmanager
@@ -59,10 +73,10 @@ BoxOf = Callable[[int, int], Box]
 """Returns the part to take of an image of this height and width."""
 
 
-def size_of(data: bytes) -> tuple[int, int]:
-    """Returns the height and width that the header of an encoded image claims.
+def size_of(data: bytes, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+    """Returns the height and width that the header of an encoded image claims, once it is turned.
 
-    Raises ImageError where it is not an image, or larger than `MAX_PIXELS`.
+    Raises ImageError where it is not an image, and TooManyPixelsError for more than `max_pixels`.
     """
     with decoders():
         if data.startswith(JPEG):
@@ -70,11 +84,11 @@ def size_of(data: bytes) -> tuple[int, int]:
         elif data.startswith(PNG):
             width, height = (int.from_bytes(data[at : at + 4], "big") for at in (16, 20))
         else:
-            with Image.open(io.BytesIO(data)) as image:
+            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
                 width, height = image.size
-    if not 0 < height * width <= MAX_PIXELS:
-        raise ImageError(f"{width} x {height} pixels: must be 1 to {MAX_PIXELS:,} in all")
-    return height, width
+    if not 0 < height * width <= max_pixels:
+        raise TooManyPixelsError(f"{width} x {height} pixels: must be 1 to {max_pixels:,} in all")
+    return (width, height) if orientation_of(data) in SIDEWAYS else (height, width)
 
 
 def decode(data: bytes, *, min_height: int = 0, min_width: int = 0) -> np.ndarray:
@@ -86,19 +100,41 @@ def decode(data: bytes, *, min_height: int = 0, min_width: int = 0) -> np.ndarra
     Raises ImageError for damage, as far as its format can tell, and for what `size_of` refuses.
     """
     size_of(data)
+    orientation = orientation_of(data)
+    if orientation in SIDEWAYS:
+        min_height, min_width = min_width, min_height
     with decoders():
         if data.startswith(JPEG) and simplejpeg.decode_jpeg_header(data)[2] in _BY_LIBJPEG:
-            return simplejpeg.decode_jpeg(data, "RGB", min_height=min_height, min_width=min_width)
-        pixels = cv2.imdecode(np.frombuffer(data, np.uint8), _AS_RGB)
+            pixels = simplejpeg.decode_jpeg(data, "RGB", min_height=min_height, min_width=min_width)
+        else:
+            data = _pixels_of_png(data) if data.startswith(PNG) else data
+            pixels = cv2.imdecode(np.frombuffer(data, np.uint8), _AS_RGB)
     if pixels is None:
         raise ImageError("damaged, cut short, or of a kind that cannot be read")
-    return pixels
+    return turned(pixels, orientation)
+
+
+def _pixels_of_png(data: bytes) -> bytes:
+    """Returns a PNG with the chunks alone that make its pixels: libpng writes to standard error.
+
+    Raises ImageError where one of them is damaged by its checksum, or the last is not there.
+    """
+    kept = bytearray(PNG)
+    for name, start, end in png_chunks(data):
+        if name in _PNG_PIXELS:
+            if data[end : end + 4] != zlib.crc32(data[start - 4 : end]).to_bytes(4, "big"):
+                raise ImageError(f"damaged or cut short (a PNG's part {name.decode()})")
+            kept += data[start - 8 : end + 4]
+        if name == b"IEND":
+            return bytes(kept)
+    raise ImageError("cut short (a PNG without an end)")
 
 
 def crop(data: bytes, box_of: BoxOf, out: np.ndarray) -> None:
-    """Writes a part of an encoded image, resized to fill it, into `out`, uint8 [h w 3].
+    """Writes a part of an encoded image, resized to fill it, into `out`, uint8 [h w 1 or 3].
 
-    Where that halves the part or more, pixels are averaged; else it is bilinear.
+    Where that halves the part or more, pixels are averaged; else it is bilinear. One channel is
+    grey, `0.299 R + 0.587 G + 0.114 B`.
 
     Raises what `decode` raises.
     """
@@ -109,6 +145,8 @@ def crop(data: bytes, box_of: BoxOf, out: np.ndarray) -> None:
         min_height=min(height, math.ceil(out.shape[0] * height / box.height)),
         min_width=min(width, math.ceil(out.shape[1] * width / box.width)),
     )
+    if out.shape[-1] == 1:
+        pixels = cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY)
     down, across = pixels.shape[0] / height, pixels.shape[1] / width
     top, left = int(box.top * down), int(box.left * across)
     rows, columns = max(1, round(box.height * down)), max(1, round(box.width * across))
@@ -118,10 +156,27 @@ def crop(data: bytes, box_of: BoxOf, out: np.ndarray) -> None:
     cv2.resize(part, (out.shape[1], out.shape[0]), dst=out, interpolation=method)
 
 
-def central_box(height: int, width: int, *, fraction: float) -> Box:
-    """Returns the central square whose side is this fraction of the image's shorter side."""
-    side = max(1, round(fraction * min(height, width)))
-    return Box((height - side) // 2, (width - side) // 2, side, side)
+def crop_center(data: bytes, out: np.ndarray, *, fraction: float) -> None:
+    """Writes the pixels of an encoded image that a network is evaluated on into `out`.
+
+    That is the part of `central_box` in the proportions of `out`, as `crop` takes it: of an image
+    of the size of `out`, with fraction 1, the image itself.
+
+    Raises what `decode` raises.
+    """
+    ratio = out.shape[1] / out.shape[0]
+    crop(data, functools.partial(central_box, fraction=fraction, ratio=ratio), out)
+
+
+def central_box(height: int, width: int, *, fraction: float, ratio: float = 1.0) -> Box:
+    """Returns the middle of an image: `fraction` of the sides of the largest part that fits.
+
+    `ratio` is that of its width to its height: 1 is the central square, whose side is that fraction
+    of the image's shorter side.
+    """
+    whole = min(height, width / ratio)
+    rows, columns = (max(1, round(fraction * side)) for side in (whole, whole * ratio))
+    return Box((height - rows) // 2, (width - columns) // 2, rows, columns)
 
 
 RATIO = (3 / 4, 4 / 3)

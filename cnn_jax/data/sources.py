@@ -277,28 +277,29 @@ class ImageSource:
         images = np.empty((len(numbers), *self.info.image_shape), np.uint8)
         labels = np.empty(len(numbers), np.int32)
         for place, index in enumerate(numbers):
-            box_of = self._box_of(index, None if epochs is None else int(epochs[place]))
             try:
                 with self._stages.measure(READING):
                     data, labels[place] = self.read(index)
                 with self._stages.measure(DECODING):
-                    self._decoding.crop(data, box_of, images[place])
+                    if epochs is None:
+                        fraction = self._crops.eval_fraction
+                        self._decoding.crop_center(data, images[place], fraction=fraction)
+                    else:
+                        box_of = self._box_of(index, int(epochs[place]))
+                        self._decoding.crop(data, box_of, images[place])
             except (OSError, ValueError) as error:
                 raise UserError(
                     f"{self.name(index)}: {error} (example {index} of {self.split})"
                 ) from error
         return {"image": images, "label": labels}
 
-    def _box_of(self, index: int, epoch: int | None) -> Callable[[int, int], Any]:
-        crops, decoding = self._crops, self._decoding
-        if epoch is None:
-            return functools.partial(decoding.central_box, fraction=crops.eval_fraction)
+    def _box_of(self, index: int, epoch: int) -> Callable[[int, int], Any]:
         return functools.partial(
-            decoding.random_box,
-            seed=crops.seed,
+            self._decoding.random_box,
+            seed=self._crops.seed,
             epoch=epoch,
             index=index,
-            min_area=crops.min_area,
+            min_area=self._crops.min_area,
         )
 
 

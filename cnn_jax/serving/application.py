@@ -7,7 +7,6 @@ import dataclasses
 import functools
 import hashlib
 import importlib.resources
-import io
 import math
 import re
 import time
@@ -21,8 +20,8 @@ from aiohttp import hdrs, web
 from PIL import Image
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
-from cnn_jax.data.image_files import FORMATS, TooManyPixelsError, decode_image
-from cnn_jax.errors import UserError
+from cnn_jax.data.image_files import decode_image
+from cnn_jax.data.images import ImageError, TooManyPixelsError
 from cnn_jax.serving.batching import Batcher, FullError, batch_sizes, padded
 from cnn_jax.serving.limits import MEBIBYTE, Limits
 from cnn_jax.serving.metrics import ServerMetrics
@@ -342,15 +341,16 @@ class Service:
             which = f"{name[:100]}:" if name else "the file"
             try:
                 return decode_image(
-                    io.BytesIO(content),
+                    content,
                     self._network.image_shape,
+                    fraction=self._network.eval_fraction,
                     max_pixels=self._limits.max_pixels,
-                    formats=FORMATS,
                 )
             except TooManyPixelsError as error:
-                raise RefusedError(422, "pixels", f"{which} {_line(error)}") from error
-            except UserError as error:
-                raise RefusedError(400, "no_image", f"{which} {_line(error)}") from error
+                raise RefusedError(422, "pixels", f"{which} is {_line(error)}") from error
+            except ImageError as error:
+                sentence = f"{which} cannot be read: {_line(error)}"
+                raise RefusedError(400, "no_image", sentence) from error
 
         return await asyncio.gather(
             *(loop.run_in_executor(self._decode, decode, *each) for each in files)

@@ -27,6 +27,7 @@ class Network:
       about: what a client should know of it, as JSON can say it.
       class_names: in the order of the probabilities.
       image_shape: height, width and channels that it takes.
+      eval_fraction: of an image, the share that it takes; see `images.crop_center`.
       compile: returns a function of so many uint8 images that gives their probabilities.
       compile_evidence: returns a function of one uint8 image and a class, which gives the evidence
         [h, w] for it by Grad-CAM; None where the network cannot be looked into.
@@ -35,6 +36,7 @@ class Network:
     about: Mapping[str, Any]
     class_names: tuple[str, ...]
     image_shape: tuple[int, int, int]
+    eval_fraction: float
     compile: Callable[[int], Program]
     compile_evidence: Callable[[], Evidence] | None = None
 
@@ -70,6 +72,7 @@ def network_of_run(
         _described(about, run.class_names, shape),
         run.class_names,
         shape,
+        run.eval_fraction,
         compile_probabilities,
         lambda: _compile_evidence(run),
     )
@@ -81,7 +84,8 @@ def network_of_file(path: str | Path) -> Network:
     names = tuple(exported.about["class_names"])
     known = {key: exported.about[key] for key in ("model", "data", "step", "ema", "preprocessing")}
     about = _described(known | {"digest": exported.digest}, names, exported.image_shape)
-    return Network(about, names, exported.image_shape, exported.compile_probabilities)
+    fraction = known["preprocessing"].get("eval_fraction", 1.0)  # earlier files do not say it
+    return Network(about, names, exported.image_shape, fraction, exported.compile_probabilities)
 
 
 def _described(

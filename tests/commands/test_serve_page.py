@@ -105,7 +105,7 @@ def test_a_person_drops_an_image_and_sees_classes_and_evidence(server, photos, r
 
             await page.choose(photos / "text.png")
             await page.until(shown("#alarm"))
-            text = "text.png: the file is no image that can be read."
+            text = "text.png: the file cannot be read: not an image of a kind that can be read."
             assert await page.evaluate(says("#alarm")) == text
             assert not await page.evaluate(shown("#result"))
             await page.choose(photos / "large.png")

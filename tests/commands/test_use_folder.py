@@ -20,7 +20,7 @@ FLAGS = (
     "--config.data.train_split=train",
     "--config.data.test_split=test",
     "--config.data.image_size=16",
-    "--config.data.eval_fraction=1.0",
+    "--config.data.eval_fraction=0.75",
     "--config.data.mean=(0.5,0.4,0.3)",
     "--config.data.std=(0.2,0.2,0.2)",
     "--config.augment.crop_padding=0",
@@ -32,15 +32,17 @@ FLAGS = (
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    """A folder of three classes, 8 images to train and 3 to test each, of 16 x 16 pixels."""
+    """A folder of three classes, 8 images to train and 3 to test each, some to be turned."""
     root, random = tmp_path_factory.mktemp("animals") / "animals", np.random.default_rng(0)
     for split, count in {"train": 8, "test": 3}.items():
         for label, name in enumerate(CLASSES):
             (root / split / name).mkdir(parents=True)
             for number in range(count):
-                pixels = random.integers(0, 256, (16, 16, 3), np.uint8)
+                pixels = random.integers(0, 256, (24, 40, 3), np.uint8)
                 pixels[..., label] //= 2
-                Image.fromarray(pixels).save(root / split / name / f"{number}.png")
+                exif = Image.Exif()
+                exif[0x0112] = (1, 6, 4)[number % 3]
+                Image.fromarray(pixels).save(root / split / name / f"{number}.png", exif=exif)
     return root
 
 
@@ -103,6 +105,7 @@ def test_a_run_evaluated_on_mirror_images_too_is_used_on_them_too(run, images, t
     for network in (network_of_run(copy, checkpoint="last"), network_of_file(model)):
         found = np.asarray(network.compile(4)(test["image"]))
         np.testing.assert_allclose(found, expected, rtol=2e-5)
+        assert network.eval_fraction == network.about["preprocessing"]["eval_fraction"] == 0.75
 
 
 def test_averages_are_served(run, images):
@@ -117,7 +120,7 @@ def test_averages_are_served(run, images):
 def crops():
     from cnn_jax.data.sources import Crops
 
-    return Crops(image_size=16, eval_fraction=1.0)
+    return Crops(image_size=16, eval_fraction=0.75)
 
 
 def test_other_classes_are_refused(run, images, tmp_path, capsys):
@@ -154,8 +157,9 @@ def test_the_checkpoint_knows_the_data_that_are_away(run, images, away, tmp_path
     image = away / "test" / "dog" / "1.png"
     assert main(["predict", f"--workdir={run}", "--format=jsonl", "--top=3", str(image)]) == 0
     classes = json.loads(capsys.readouterr().out)["classes"]
-    with Image.open(image) as opened:
-        logits = expected_logits(run, np.asarray(opened)[None], ())[0]
+    test = open_source("folder", "test[4:5]", source_dir=str(away), crops=crops())
+    assert test.name(0) == str(image)
+    logits = expected_logits(run, test.batch(np.arange(1))["image"], ())[0]
     shares = np.exp(logits) / np.exp(logits).sum()
     assert {each["class"]: each["probability"] for each in classes} == pytest.approx(
         dict(zip(CLASSES, shares, strict=True)), abs=1e-6

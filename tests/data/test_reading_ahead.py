@@ -51,7 +51,7 @@ def files():
 def read_alone(path, shape):
     """The image of a file and what is wrong with it, by the function for one file."""
     try:
-        return read_image(path, shape), None
+        return read_image(path, shape, fraction=1.0), None
     except UserError as error:
         return np.zeros(shape, np.uint8), str(error)
 
@@ -63,7 +63,7 @@ def test_batches_are_the_images_one_by_one(tmp_path, shape, batch_size, capfd):
     for name, content in files().items():
         (tmp_path / name).write_bytes(content)
     paths = [str(tmp_path / name) for name in names]
-    batches = list(read_batches(paths, shape, batch_size=batch_size, num_threads=3))
+    batches = list(read_batches(paths, shape, fraction=1.0, batch_size=batch_size, num_threads=3))
     assert [str(path) for batch in batches for path in batch.paths] == paths
     assert {batch.images.shape for batch in batches} == {(batch_size, *shape)}
     errors = [error for batch in batches for error in batch.errors]

@@ -49,7 +49,7 @@ class Device:
 def with_service(use, **limits):
     device = Device()
     about, names, shape = {"model": "played"}, ("dark", "bright"), (1, 1, 1)
-    network = Network(about, names, shape, device.compile, device.compile_evidence)
+    network = Network(about, names, shape, 1.0, device.compile, device.compile_evidence)
 
     async def main():
         service = Service(network, Limits(**limits), num_threads=1)

@@ -1,5 +1,6 @@
 # docker build -t cnn_jax .                      for NVIDIA GPUs, with the CUDA that JAX brings
 # docker build -t cnn_jax --build-arg EXTRA=tpu . for TPUs
+# docker build -t cnn_jax --build-arg EXTRA=cuda12,gs . with runs on gs://; s3 likewise
 # docker build -t cnn_jax-serve --build-arg EXTRA=cuda12,serve . to serve: docs/production.md
 # docker run --gpus all --shm-size=1g -v $PWD/runs:/app/runs cnn_jax --config configs/quickstart.py
 FROM python:3.12-slim

@@ -48,8 +48,10 @@ compiled program's, times are [the estimate](compiling.md) from published peak r
 
 - *sent*: megabytes that one device sends in the collectives of a step, around a ring.
 - *links*: milliseconds that they take at the rate of the links, before anything is hidden behind
-  computation: all links of a TPU chip's torus; NVLink within a host of eight GPUs, and between
-  hosts eight network cards of 400 Gb/s, which eight rings use at once. *step*: milliseconds too.
+  computation. Chips of a v5e slice form a mesh whose ends meet in the full 16 x 16 alone: there
+  rings use the four links of a chip, in smaller slices two, as a chip in a corner has no more.
+  NVLink within a host of eight GPUs, and between hosts eight network cards of 400 Gb/s, which
+  eight rings use at once. *step*: milliseconds too.
 - *efficiency*: images/s of a device, against the first row of its kind. The estimate knows neither
   the latency of a collective, which grows with the number of devices, nor stragglers, nor the
   reading of data: it is an upper bound.
@@ -68,7 +70,8 @@ def measure(topology: Topology) -> Row:
     row = compile_one(Variant(values), topology, "train", options)
     kept = ("topology", "batch", "devices", "memory", "collectives", "estimate", "error")
     kept = (*kept, "seconds", "seconds_in_all", "versions")
-    return {name: row[name] for name in kept if name in row}
+    rate = {"link_bytes_per_second": device_rate(topology)}  # of which the estimate is made
+    return {name: row[name] for name in kept if name in row} | rate
 
 
 def line(row: Row, first: Row) -> str:
@@ -92,9 +95,14 @@ def line(row: Row, first: Row) -> str:
     return f"| {' | '.join(cells)} |\n"
 
 
+def device_rate(topology: Topology) -> float:
+    """Returns the bytes a second of the links that one device can use at once."""
+    return topology.links * (topology.accelerator.link_bandwidth or 0.0)
+
+
 def link_rate(topology: Topology) -> float:
     """Returns the bytes a second that one device can send in a collective of all."""
-    rate = topology.links * (topology.accelerator.link_bandwidth or 0.0)
+    rate = device_rate(topology)
     return min(rate, NETWORK_BYTES_PER_SECOND) if spans_hosts(topology) else rate
 
 
@@ -103,11 +111,9 @@ def spans_hosts(topology: Topology) -> bool:
 
 
 def step_seconds(row: Row) -> float:
-    """Returns the estimate of a step, its time on the links corrected for a slower network."""
-    topology = parse_topology(row["topology"])
-    seconds = row["estimate"]["seconds"]
-    inside = topology.links * (topology.accelerator.link_bandwidth or 0.0)
-    return sum(seconds.values()) + seconds["links"] * (inside / link_rate(topology) - 1)
+    """Returns the estimate of a step, its time on the links corrected for those that count."""
+    seconds, rate = row["estimate"]["seconds"], link_rate(parse_topology(row["topology"]))
+    return sum(seconds.values()) + seconds["links"] * (row["link_bytes_per_second"] / rate - 1)
 
 
 def images_per_second_per_device(row: Row) -> float:

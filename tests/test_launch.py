@@ -1,6 +1,7 @@
 """The recipes in `launch/`, run as they stand by a launcher that local processes play."""
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -76,6 +77,44 @@ def test_slurm_starts_again_what_another_start_mends(path, tmp_path, code, reque
     )
     assert done.returncode == code
     assert ("scontrol requeue 9" in done.stdout) == requeued
+
+
+@pytest.mark.parametrize(
+    ("code", "conditions", "action"),
+    [
+        (2, [], "FailJobSet"),
+        (143, [], "RestartJobSetAndIgnoreMaxRestarts"),
+        (None, ["DisruptionTarget"], "RestartJobSetAndIgnoreMaxRestarts"),
+        (1, [], "RestartJobSet"),
+        (75, [], "RestartJobSet"),
+        (137, [], "RestartJobSet"),
+    ],
+)
+def test_kubernetes_starts_again_what_another_start_mends(code, conditions, action):
+    """By Kubernetes' rules for pods, then JobSet's for jobs: in each the first that fits holds."""
+    jobset = yaml.safe_load((ROOT / "launch" / "jobset.yaml").read_text())
+    (job,) = jobset["spec"]["replicatedJobs"]
+    workers, policy = job["template"]["spec"], jobset["spec"]["failurePolicy"]
+    assert workers["backoffLimit"] == 0
+    reason, message = "BackoffLimitExceeded", "Job has reached the specified backoff limit"
+    for index, rule in enumerate(workers["podFailurePolicy"]["rules"]):
+        assert rule["action"] == "FailJob"
+        codes = rule.get("onExitCodes", {"operator": "In", "values": []})
+        asked = {(each["type"], each["status"]) for each in rule.get("onPodConditions", ())}
+        assert codes["operator"] == "In"
+        if code in codes["values"] or asked & {(each, "True") for each in conditions}:
+            reason = "PodFailurePolicy"
+            message = f"Pod default/x failed matching FailJob rule at index {index}"
+            break
+    found = "RestartJobSet"  # JobSet's own, where no rule fits
+    for rule in policy["rules"]:
+        assert re.fullmatch(r"[A-Za-z]([A-Za-z0-9_,:]*[A-Za-z0-9_])?", rule["name"])
+        patterns = rule.get("onJobFailureMessagePatterns", [""])
+        if reason in rule["onJobFailureReasons"] and any(re.search(p, message) for p in patterns):
+            found = rule["action"]
+            break
+    assert found == action
+    assert policy["maxRestarts"] == 20
 
 
 @pytest.mark.slow

@@ -399,7 +399,9 @@ class _Training:
         with self.watchdog.watching(False):  # it compiles
             step_alone = self.plan.phase_of(self.step).step
             batch = gathered(batch) if self.plan.resident else batch
-            place = first_not_finite(step_alone, before, batch, self.key)
+            place = first_not_finite(
+                step_alone, before, batch, self.key, of_all_processes=_seen_by_any
+            )
         cause = f"step {step}: {place}"
         if faults.on_nan == "stop" or not jax.device_get(all_finite(before)):
             raise self._diverged(cause)
@@ -502,25 +504,35 @@ class _Training:
             raise NotFiniteError(f"the weights after step {self.step} are not finite numbers")
 
     def _faults(self) -> dict[str, Any]:
-        """Returns the steps and records that were skipped, each with its reason, for JSON."""
-        sources = {"train": self.train_source, "test": self.test_source}
+        """Returns the steps and records that were skipped, each with its reason, for JSON.
+
+        The records are those of all processes, which all call this after the same step.
+        """
+        skipping = self._skipping()
+        news = {name: source.news() for name, source in skipping.items()}
+        for each in distributed.together("bad records", news, list) if skipping else ():
+            for name, records in each.items():
+                skipping[name].learn(records)
         return {
             "skipped_steps": {str(step): why for step, why in sorted(self.skipped.items())},
             "bad_records": {
-                name: {str(number): why for number, why in sorted(source.bad.items())}
-                for name, source in sources.items()
-                if isinstance(source, SkipBadRecords)
+                name: {str(number): source.bad[number] for number in sorted(source.known)}
+                for name, source in skipping.items()
             },
         }
 
     def _remember(self, faults: Mapping[str, Any]) -> None:
         """Takes up what `_faults` gave an earlier start."""
         self.skipped |= {int(step): why for step, why in faults.get("skipped_steps", {}).items()}
-        sources = {"train": self.train_source, "test": self.test_source}
+        skipping = self._skipping()
         for name, bad in faults.get("bad_records", {}).items():
-            source = sources[name]
-            if isinstance(source, SkipBadRecords):
-                source.bad.update({int(number): why for number, why in bad.items()})
+            if name in skipping:
+                skipping[name].remember(bad)
+
+    def _skipping(self) -> dict[str, SkipBadRecords]:
+        """Returns the sources that pass over damaged records, by what the run uses them for."""
+        sources = {"train": self.train_source, "test": self.test_source}
+        return {name: each for name, each in sources.items() if isinstance(each, SkipBadRecords)}
 
     def _updates(self) -> int:
         """Returns how often the optimiser has moved the weights."""
@@ -554,6 +566,13 @@ def _refuse_not_finite(window: Sequence[tuple[range, Metrics]]) -> None:
                 f"at step {step} the loss is {values['loss'] / values['count']:.4g} and the norm "
                 f"of its gradient {values['grad_norm']:.4g}"
             )
+
+
+def _seen_by_any(places: set[str]) -> set[str]:
+    """Returns the union of what the processes have seen."""
+    return set(
+        distributed.together("places", sorted(places), lambda each: sorted(set().union(*each)))
+    )
 
 
 def _compile_together(

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -27,11 +27,13 @@ class SkipBadRecords:
       source: raises UserError for a damaged record.
       log: receives one line for each, naming it.
       bad: why each damaged record that was met cannot be read, by number.
+      known: those of `bad` that every process of the run knows.
     """
 
     source: Source
     log: Callable[[str], None] = print
     bad: dict[int, str] = dataclasses.field(default_factory=dict)
+    known: set[int] = dataclasses.field(default_factory=set)
     _lock: threading.Lock = dataclasses.field(default_factory=threading.Lock)
 
     @property
@@ -63,22 +65,39 @@ class SkipBadRecords:
         """Returns which of the numbered examples, read before, are their own, bool [n]."""
         return np.array([int(index) not in self.bad for index in indices])
 
+    def news(self) -> dict[str, str]:
+        """Returns why records cannot be read that not every process knows, by number, for JSON."""
+        with self._lock:
+            return {str(n): why for n, why in self.bad.items() if n not in self.known}
+
+    def learn(self, records: Mapping[str, str]) -> None:
+        """Takes up what every process knows from now on, and tells what is new here."""
+        for number, why in records.items():
+            self._note(int(number), why)
+        self.remember(records)
+
+    def remember(self, records: Mapping[str, str]) -> None:
+        """Takes up what every process knows, and was told before."""
+        with self._lock:
+            self.bad.update({int(number): why for number, why in records.items()})
+            self.known.update(map(int, records))
+
     def _good_from(self, index: int, epoch: np.ndarray | None) -> dict[str, np.ndarray]:
         for number in range(index, index + min(LIMIT, len(self))):
             try:
                 return self.source.batch(np.array([number % len(self)]), epoch)
             except UserError as error:
-                self._note(number % len(self), error)
+                self._note(number % len(self), str(error))
         raise UserError(
             f"{LIMIT} records one behind the other are damaged, so none is skipped; the first: "
             f"{self.bad[index]}"
         )
 
-    def _note(self, number: int, error: UserError) -> None:
+    def _note(self, number: int, why: str) -> None:
         with self._lock:
             if number not in self.bad:
-                self.bad[number] = str(error)
-                self.log(f"record skipped, the next good one stands in: {error}")
+                self.bad[number] = why
+                self.log(f"record skipped, the next good one stands in: {why}")
 
 
 def open_without_bad_records(

@@ -40,7 +40,8 @@ class Tpu:
 
     Attributes:
       axes: of the torus, 2 or 3.
-      chips_per_pod: the largest slice.
+      chips_per_pod: the largest slice. With two axes it alone has links that wrap around; with
+        three, every slice of whole cubes of 4 x 4 x 4 has.
       devices_per_chip: what JAX sees of one chip.
       megacore: whether the chip's two cores are one device.
     """

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from jax._src import cloud_tpu_init
+from jax._src import cloud_tpu_init, clusters
 from jax._src import distributed as jax_distributed
 
 from cnn_jax.errors import UsageError, UserError
@@ -214,6 +214,10 @@ class Place:
     detected: bool
 
 
+IN_CLOUD_TPU = Place(None, None, None, detected=True)
+"""Of a machine whose environment, or Google's metadata server, knows the others of its slice."""
+
+
 def find_place(
     coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None
 ) -> Place | None:
@@ -235,7 +239,7 @@ def find_place(
     missing = [flag for flag, value in zip(FLAGS, values, strict=True) if value is None]
     if len(missing) == len(FLAGS):
         on_tpu = cloud_tpu_init.running_in_cloud_tpu_vm
-        return Place(None, None, None, detected=True) if on_tpu else None
+        return IN_CLOUD_TPU if on_tpu else None
     has_address = any(variable in os.environ for variable in ADDRESSES)
     if missing and not (launcher and has_address and missing == ["--coordinator"]):
         told = f"{launcher.name} does not say where process 0 is. " if launcher else ""
@@ -258,7 +262,7 @@ def join(
     """Joins the processes of this run, before JAX touches a device.
 
     Where not all of them come within `timeout` seconds, this one says so and ends with the exit
-    code `RESTART`.
+    code `RESTART`. A Cloud TPU machine that is in no cluster stays alone.
 
     Raises UserError where this one cannot join.
     """
@@ -273,6 +277,8 @@ def join(
     impatience.daemon = True
     impatience.start()
     try:
+        if place == IN_CLOUD_TPU and not _in_cluster():
+            return
         jax.distributed.initialize(
             coordinator_address=place.coordinator,
             num_processes=place.num_processes,
@@ -283,15 +289,25 @@ def join(
         )
     except (RuntimeError, ValueError, OSError) as error:
         reason = str(error).partition("\n")[0]
+        who, where = "this process", ""
+        if place.process_id is not None:
+            who = f"process {place.process_id} of {place.num_processes}"
+        if address := state.coordinator_address or place.coordinator:
+            where = f" at {address}"
         raise UserError(
-            f"process {place.process_id} of {place.num_processes} cannot join the others at "
-            f"{state.coordinator_address or place.coordinator}: {reason}. All processes must start "
-            f"within {timeout:g} s, each with its own number, and reach the address of process 0"
+            f"{who} cannot join the others{where}: {reason}. All processes must start within "
+            f"{timeout:g} s, each with its own number, and reach the address of process 0"
         ) from error
     finally:
         impatience.cancel()
     if state.num_processes > 1:
         _peers = _Peers(state.client, state.process_id, state.num_processes, peer_timeout)
+
+
+def _in_cluster() -> bool:
+    """Returns whether JAX finds the cluster of this machine; it may ask a metadata server."""
+    kinds: list[Any] = clusters.ClusterEnv._cluster_types
+    return any(each.is_env_present() for each in kinds if not each.opt_in_only_method)
 
 
 def _give_up(place: Place, timeout: float) -> None:

@@ -51,16 +51,26 @@ class Topology:
 
     @property
     def links(self) -> int:
-        """Returns how many links a device (in a TPU slice, an inner one) can send on at once.
+        """Returns how many links of a device an all-reduce among all of them can use at once.
 
-        Along an axis of two TPU chips there is one neighbour, along a longer one there are two.
+        A slice that wraps around uses two along each axis, in both directions of a ring. In one
+        that does not, a chip in a corner has one neighbour along each axis, and no algorithm is
+        faster than the corners; on two axes a ring through all chips, both ways, is as fast.
         Links of a GPU reach the others of its host.
         """
         if self.num_devices == 1 or self.accelerator.links is None:
             return 0
-        if self.platform == "tpu":
-            return sum(min(size - 1, 2) for size in self.shape)
-        return self.accelerator.links
+        if self.platform != "tpu":
+            return self.accelerator.links
+        axes = sum(size > 1 for size in self.shape)
+        return 2 * axes if self._wraps_around() else axes
+
+    def _wraps_around(self) -> bool:
+        """Returns whether the chips at the two ends of each axis are neighbours."""
+        tpu = self.accelerator.tpu
+        if tpu is None or tpu.axes == 3:
+            return all(size % 4 == 0 for size in self.shape)
+        return math.prod(self.shape) == tpu.chips_per_pod
 
     def environment(self) -> dict[str, str]:
         """Returns the variables that a process needs before JAX is imported in it.

@@ -20,6 +20,7 @@ def first_not_finite(
     state: TrainState,
     batch: Batch,
     key: jax.Array,
+    of_all_processes: Callable[[set[str]], set[str]] = lambda places: places,
 ) -> str:
     """Returns the first place where `step(state, batch, key)` makes a number that is not finite.
 
@@ -30,6 +31,9 @@ def first_not_finite(
     `step` is traced once more, its layers watched from outside, and nothing is donated. Compiled
     in another way it may round otherwise, so a number at the very edge of float32 may turn out
     finite; then the answer says so.
+
+    JAX tells one process alone what it has seen: `of_all_processes` returns the union of the places
+    that each was told, and all have the same answer.
     """
     path = _first_leaf(state)
     if path:
@@ -48,8 +52,9 @@ def first_not_finite(
 
     new_state, sums = jax.block_until_ready(jax.jit(watched)(state, batch, key))
     jax.effects_barrier()
+    seen_by_any = of_all_processes(seen)
     for place in (*forward, *reversed(backward)):
-        if place in seen:
+        if place in seen_by_any:
             return f"{place} is the first that is not finite"
     if not np.isfinite(jax.device_get(sums["loss"])):
         return "the loss is the first that is not finite"

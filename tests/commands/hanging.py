@@ -1,4 +1,7 @@
-"""`train.py` that hangs in its first step: `python hanging.py WHERE FLAGS OF TRAIN.PY`."""
+"""`train.py` that hangs in its first step: `python hanging.py WHERE FLAGS OF TRAIN.PY`.
+
+WHERE is `data`, `device` or `interpreter`; or `memory`: a thread finds none for the 13th batch.
+"""
 
 import ctypes
 import sys
@@ -19,16 +22,20 @@ def hang_in_the_data():
     threading.Event().wait()
 
 
+def run_out_of_memory():
+    raise MemoryError("no room for a batch")
+
+
 def hang_with_the_interpreter():
     ctypes.PyDLL(None).sleep(3600)  # unlike CDLL it keeps every other Python thread waiting
 
 
-def make_hanging_source(hang):
+def make_hanging_source(hang, after):
     class Hanging(MemorySource):
         def batch(self, indices, epochs=None):
             global calls
             calls += len(indices) == 64 and self.split.startswith("train[:512]")
-            if calls > 1:  # the first was the fingerprint's
+            if calls > 1 + after:  # the first was the fingerprint's
                 hang()
             return super().batch(indices, epochs)
 
@@ -56,6 +63,10 @@ if __name__ == "__main__":
     if sys.argv[1] == "device":
         plan.make_augment = make_hanging_augment
     else:
-        hang = {"data": hang_in_the_data, "interpreter": hang_with_the_interpreter}[sys.argv[1]]
-        feeding.open_source = make_hanging_source(hang)
+        hang, after = {
+            "data": (hang_in_the_data, 0),
+            "interpreter": (hang_with_the_interpreter, 0),
+            "memory": (run_out_of_memory, 12),
+        }[sys.argv[1]]
+        feeding.open_source = make_hanging_source(hang, after)
     run(["train", *sys.argv[2:]])

@@ -1,7 +1,7 @@
-"""Steps that hang, in the data, on the device and with the interpreter held."""
+"""Steps that hang, in the data, on the device and with the interpreter held; data that die."""
 
 import pytest
-from driver import ROOT
+from driver import ROOT, assert_same_run, saved_steps
 
 TIMEOUT = "--step-timeout=10"
 STREAMED = "--config.data.residency=host"
@@ -28,3 +28,20 @@ def test_a_hung_step_ends_with_the_stacks_of_all_threads(trainer, tmp_path, wher
     if code == 75:
         assert "no step has ended for 10 s" in output
         assert "The same command goes on from the newest checkpoint" in output
+
+
+@pytest.mark.slow
+def test_a_thread_of_the_data_that_dies_is_told_and_a_restart_is_exact(
+    trainer, tmp_path, reference
+):
+    program = ("tests/commands/hanging.py", "memory")
+    workdir = tmp_path / "run"
+    code, output = trainer.run(workdir, STREAMED, program=program, environment=ENVIRONMENT)
+    assert code == 1, output
+    *_, last = output.splitlines()
+    assert "a thread that makes batches died at batch 12 of the data: MemoryError: no room" in last
+    assert "Traceback" not in output
+    assert 0 < max(saved_steps(workdir)) <= 12
+    code, output = trainer.run(workdir, STREAMED)
+    assert code == 0, output
+    assert_same_run(workdir, reference)

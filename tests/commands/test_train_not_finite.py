@@ -45,6 +45,13 @@ def rolled_back(trainer, tmp_path_factory):
     return workdir, output
 
 
+def assert_step_changed_nothing_but_its_number(workdir, step):
+    before, after = (read_state(workdir / "checkpoints" / str(each)) for each in (step - 1, step))
+    assert after.pop("['step']") == before.pop("['step']") + 1
+    for name, array in after.items():
+        assert array.tobytes() == before[name].tobytes(), name
+
+
 def test_a_bad_step_changes_nothing_but_its_number(rolled_back):
     workdir, output = rolled_back
     skipped = json.loads((workdir / "skipped.json").read_text())
@@ -52,12 +59,7 @@ def test_a_bad_step_changes_nothing_but_its_number(rolled_back):
     assert json.loads((workdir / "summary.json").read_text())["skipped_steps"] == [FIRST, SECOND]
     for step in (FIRST, SECOND):
         assert f"step {step}: {PLACE}; the step is skipped" in output
-        before, after = (
-            read_state(workdir / "checkpoints" / str(each)) for each in (step - 1, step)
-        )
-        assert after.pop("['step']") == before.pop("['step']") + 1
-        for name, array in after.items():
-            assert array.tobytes() == before[name].tobytes(), name
+        assert_step_changed_nothing_but_its_number(workdir, step)
         assert step not in [row["step"] for row in read_metrics(workdir) if "train/loss" in row]
 
 
@@ -87,6 +89,32 @@ def test_killed_after_it_skipped_it_ends_with_the_same_bits(trainer, tmp_path, r
         assert_same_run(copy, rolled_back[0])
         skipped = json.loads((copy / "summary.json").read_text())["skipped_steps"]
         assert skipped == [FIRST, SECOND]
+
+
+@pytest.mark.slow
+def test_streamed_to_two_processes_all_name_the_same_places(trainer, tmp_path):
+    """An image in one step, and in a later one the gradient of a layer alone."""
+    poison = ("tests/commands/poisoned.py", "1,7;gradient:2,7")
+    options = {"program": poison, "environment": {"PYTHONPATH": str(ROOT)}}
+    workdir = tmp_path / "run"
+    codes, outputs = trainer.run_two(
+        workdir,
+        *(ROLLBACK, "--config.faults.max_skipped=1", "--config.data.residency=host"),
+        *("--config.checkpoint.every_steps=1", "--config.checkpoint.keep=30"),
+        of_each=[options, options],
+    )
+    assert codes == [1, 1], outputs
+    place = "the gradient at the output of stage1_block1/conv1/norm (BatchNorm)"
+    for output in outputs:
+        assert (
+            f"training has diverged: step {SECOND}: {place} is the first that is not finite, "
+            "after 1 steps that were skipped"
+        ) in output
+        assert "Traceback" not in output
+    skipped = json.loads((workdir / "skipped.json").read_text())
+    assert skipped == {str(FIRST): f"step {FIRST}: {PLACE}"}
+    assert_step_changed_nothing_but_its_number(workdir, FIRST)
+    assert max(saved_steps(workdir)) < SECOND
 
 
 @pytest.fixture
@@ -126,6 +154,47 @@ def test_it_stops_in_time_and_names_the_place(poisoned_here, tmp_path, monkeypat
     state = read_state(tmp_path / "run" / "checkpoints" / "8")
     assert all(np.isfinite(array).all() for array in state.values())
     assert "Traceback" not in output
+
+
+@pytest.mark.parametrize("every", [3, 8])
+def test_however_often_it_looks_it_waits_for_no_step_under_way(
+    train_here, tmp_path, monkeypatch, every
+):
+    """One wait a step, for the one two before it, and what is read has ended."""
+    waits, reads, looking = [], [], []
+    look, refuse, wait = (
+        command._Training._look_back,
+        command._refuse_not_finite,
+        command.jax.block_until_ready,
+    )
+
+    def watched_look(training):
+        looking.append(training.window)
+        look(training)
+        looking.clear()
+
+    def watched_refuse(window):
+        if looking:
+            under_way = [id(sums) for _, sums in looking[0][-2:]]
+            assert not {id(sums) for _, sums in window} & set(under_way)
+            reads.append(len(window))
+        refuse(window)
+
+    def watched_wait(values):
+        if looking:
+            assert values is looking[0][-3][1]
+            waits.append(values)
+        return wait(values)
+
+    monkeypatch.setattr(command._Training, "_look_back", watched_look)
+    monkeypatch.setattr(command, "_refuse_not_finite", watched_refuse)
+    monkeypatch.setattr(command.jax, "block_until_ready", watched_wait)
+    flags = ("--config.log.every_steps=1000", "--config.checkpoint.every_steps=0")
+    flags = (*flags, "--config.num_epochs=2", f"--config.faults.nan_check_every={every}")
+    code, output = train_here(tmp_path / "run", *flags)
+    assert code == 0, output
+    assert len(waits) == 2 * (8 - 2), "the first two of each epoch follow a report"
+    assert len(reads) == {3: 16, 8: 2}[every]
 
 
 def test_too_many_bad_steps_stop_it(poisoned_here, tmp_path):

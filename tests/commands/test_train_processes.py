@@ -23,6 +23,12 @@ from cnn_jax.runtime.platform import RESTART
 
 SOON = "--peer-timeout=15"
 UNCACHED = {"JAX_ENABLE_COMPILATION_CACHE": "false", "JAX_LOG_COMPILES": "1"}
+LONG_EVALUATION = ["--config.data.test_split=test[:800]", "--config.eval.batch_size=2"]
+"""400 batches: what follows the last step of an epoch within a moment comes in the midst of it."""
+
+IN_EVALUATION = "step 8/24"
+MARGIN = 45
+"""Seconds beside those promised, for a machine that does much else."""
 
 
 def without_noise(output):
@@ -44,12 +50,17 @@ def assert_near(workdir, reference, *, step=TOTAL_STEPS):
     ours, theirs = (read_state(each / "checkpoints" / str(step)) for each in (workdir, reference))
     assert ours.keys() == theirs.keys()
     for name, array in ours.items():
-        share = 0.01 * np.abs(theirs[name]).max()
-        np.testing.assert_allclose(array, theirs[name], rtol=0, atol=share, err_msg=name)
+        share = (
+            5e-3 if "opt_state" in name else 3e-4
+        )  # a ReLU that turns changes a gradient at once
+        largest = np.abs(theirs[name]).max()
+        np.testing.assert_allclose(array, theirs[name], rtol=0, atol=share * largest, err_msg=name)
     told, expected = read_metrics(workdir), read_metrics(reference)
     assert [row["step"] for row in told] == [row["step"] for row in expected]
     for row, other in zip(told, expected, strict=True):
-        assert row == pytest.approx(other, rel=2e-3, abs=2e-4)
+        norms = [each.pop("train/grad_norm", 0) for each in (row, other)]
+        assert norms[0] == pytest.approx(norms[1], rel=2e-3)
+        assert row == pytest.approx(other, rel=5e-6)
 
 
 @pytest.mark.slow
@@ -67,19 +78,26 @@ def test_two_processes_train_as_one_and_one_of_them_speaks(trainer, tmp_path, pa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("asked", [0, 1])
-def test_a_signal_to_one_process_saves_the_same_step_in_both(trainer, tmp_path, pair, asked):
+@pytest.mark.parametrize(
+    ("asked", "moment"), [([0], "step 4/24"), ([1], "step 4/24"), ([1, 0], IN_EVALUATION)]
+)
+def test_a_signal_to_one_process_or_to_all_saves_the_same_step_in_both(
+    trainer, tmp_path, pair, asked, moment
+):
     workdir = tmp_path / "run"
-    children = trainer.start_two(workdir)
-    children[0].wait_for("step 4/24")
-    children[asked].send(signal.SIGTERM)
+    flags = LONG_EVALUATION if moment == IN_EVALUATION else ()
+    children = trainer.start_two(workdir, *flags)
+    children[0].wait_for(moment)
+    for each in asked:
+        children[each].send(signal.SIGTERM)
     assert [child.end() for child in children] == [143, 143], [c.output for c in children]
     step = max(saved_steps(workdir))
-    assert step < TOTAL_STEPS
+    assert step == 8 if moment == IN_EVALUATION else step < TOTAL_STEPS
+    assert moment != IN_EVALUATION or not children[0].says("test loss"), "it came too late"
     assert children[0].lines[-1] == (
         f"stopped by SIGTERM: saved at step {step} of 24; the same command again goes on from there"
     )
-    codes, outputs = trainer.run_two(workdir)
+    codes, outputs = trainer.run_two(workdir, *flags)
     assert codes == [0, 0], outputs
     assert f"going on from step {step} of 24" in outputs[0]
     assert_same_weights(workdir, pair[0])
@@ -95,40 +113,46 @@ def is_saving(workdir):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
-def test_when_one_process_is_killed_the_other_ends_and_a_restart_is_exact(
+def test_when_one_process_is_killed_the_other_ends_in_time_and_a_restart_is_exact(
     trainer, tmp_path, pair, victim
 ):
     chance = random.Random(victim)
     workdir = tmp_path / "run"
-    moments = [("step 6/24", 0.1), (is_saving(workdir), 0.0), ("test loss", 0.3)]
-    for moment, delay in moments:
+    moments = [  # the last seconds are random
+        ("Compiling jit(step)", 1.0, UNCACHED),
+        ("step 6/24", 0.1, {}),
+        (is_saving(workdir), 0.0, {}),
+        ("step 16/24", 0.2, {}),
+    ]
+    for moment, delay, environment in moments:
         saved = saved_steps(workdir)
-        children = trainer.start_two(workdir, SOON)
+        children = trainer.start_two(workdir, SOON, *LONG_EVALUATION, environment=environment)
+        other = children[1 - victim]
         if saved:
             children[0].wait_for(f"going on from step {saved[-1]} of 24")
         children[0].wait_for(moment)
         time.sleep(chance.uniform(0, delay))
         children[victim].kill()
-        other = children[1 - victim]
+        killed_at = time.monotonic()
         code = other.end()
+        assert time.monotonic() - killed_at < 15 + MARGIN, "--peer-timeout is 15"
         if victim:
             assert code == RESTART, other.output
             assert "process 1 of 2 is gone: no sign of life for 15 s" in other.output
-        else:  # in JAX's own words: its service has ended with process 0
-            assert code not in (0, 1, 143), other.output
-            assert "This most likely indicates that another task died" in other.output
-    codes, outputs = trainer.run_two(workdir)
+        else:  # mostly in JAX's own words: its service has ended with process 0
+            told = {
+                134: "This most likely indicates that another task died",
+                RESTART: "process 0 of 2 is gone",
+            }
+            assert told[code] in other.output
+    in_evaluation = children[0].lines
+    assert any(line.startswith("step 16/24") for line in in_evaluation)
+    assert not any(line.startswith("epoch 2") for line in in_evaluation), "it came too late"
+    codes, outputs = trainer.run_two(workdir, *LONG_EVALUATION)
     assert codes == [0, 0], outputs
-    assert_same_run(workdir, pair[0])
-
-
-@pytest.mark.slow
-def test_a_kill_while_the_other_compiles_ends_both(trainer, tmp_path):
-    children = trainer.start_two(tmp_path / "run", SOON, environment=UNCACHED)
-    children[0].wait_for("Compiling jit(step)")
-    children[1].kill()
-    assert children[0].end() == RESTART, children[0].output
-    assert "process 1 of 2 is gone" in children[0].output
+    assert_same_weights(workdir, pair[0])
+    rows = [row["step"] for row in read_metrics(workdir)]
+    assert rows == [row["step"] for row in read_metrics(pair[0])]
 
 
 @pytest.mark.slow

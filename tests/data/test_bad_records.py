@@ -53,6 +53,21 @@ def test_the_next_good_one_stands_in_whatever_was_asked_before():
     assert len(lines) == 3, "each is told once"
 
 
+def test_what_another_process_has_met_is_told_once_and_handed_on_no_more():
+    source, lines = skipping({4, 5, 29})
+    source.batch(np.array([4]))
+    other = {"4": "known already", "9": "numbers.bin is damaged: record 9 cannot be read"}
+    assert source.news().keys() == {"4", "5"}
+    source.learn(source.news() | {"9": other["9"]})
+    source.learn(other)
+    source.remember({"12": "met by an earlier start"})
+    assert source.news() == {}
+    assert [line.split("record ")[-1].split()[0] for line in lines] == ["4", "5", "9"]
+    source.batch(np.array([29]))
+    assert source.news().keys() == {"29"}
+    assert source.known == {4, 5, 9, 12}
+
+
 @pytest.mark.parametrize("num_threads", [1, 4])
 def test_training_goes_on_the_same_from_any_step(num_threads):
     options = {"batch_size": 8, "seed": 3, "stop_step": 11, "num_threads": num_threads}

@@ -58,6 +58,31 @@ def test_epoch_order_cannot_be_spoiled():
         epoch_order(10, 0, 0)[0] = 1
 
 
+class Asked(MemorySource):
+    """Notes the numbers of the examples that it is asked for."""
+
+    def batch(self, indices, epochs=None):
+        self.__dict__.setdefault("numbers", []).extend(indices.tolist())
+        return super().batch(indices, epochs)
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_a_process_asks_for_its_piece_of_each_batch_and_no_other_example(processes):
+    small, size = small_source(50), 8 // processes
+    whole = [batch_indices(50, batch_size=8, seed=3, step=step)[0].tolist() for step in range(2, 9)]
+    of_all = []
+    for index in range(processes):
+        place = {"process_index": index, "process_count": processes, "num_threads": 1}
+        trained, tested = (Asked(small.info, "train", small.images, small.labels) for _ in "ab")
+        list(train_batches(trained, batch_size=8, seed=3, start_step=2, stop_step=9, **place))
+        list(eval_batches(tested, batch_size=8, **place))
+        piece = slice(size * index, size * (index + 1))
+        assert vars(trained)["numbers"] == list(itertools.chain(*(each[piece] for each in whole)))
+        of_all += set(vars(tested)["numbers"])
+    padding = of_all.count(49) - 1  # the last example stands in for those that are not there
+    assert sorted(of_all) == sorted([*range(50), *[49] * padding])
+
+
 @given(st.integers(1, 40), st.integers(1, 90), st.integers(0, 5), st.integers(1, 4))
 def test_epochs_follow_one_another_without_loss(num_examples, batch_size, seed, epochs):
     wanted = [

@@ -31,12 +31,23 @@ OPEN_MPI = {  # as mpirun of Open MPI 4 does
     "OMPI_COMM_WORLD_RANK": "1",
     "OMPI_COMM_WORLD_LOCAL_RANK": "0",
 }
+CLOUD_TPU = {  # as GKE sets them for the second of two hosts of a slice, here without a TPU
+    "JAX_FORCE_TPU_INIT": "1",
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost,localhost",
+    "TPU_WORKER_ID": "1",
+    "MEGASCALE_COORDINATOR_ADDRESS": "localhost:9",
+    "MEGASCALE_NUM_SLICES": "1",
+    "MEGASCALE_SLICE_ID": "0",
+}
 OPEN_MPI_5 = {name: value for name, value in OPEN_MPI.items() if "hnp_uri" not in name}
 
 
 @pytest.fixture
 def environment(monkeypatch):
-    for name in (*SLURM, *OPEN_MPI, "JAX_COORDINATOR_ADDRESS"):
+    of_tpus = CLOUD_TPU.keys() - {"JAX_PLATFORMS"}
+    for name in (*SLURM, *OPEN_MPI, *of_tpus, "JAX_COORDINATOR_ADDRESS"):
         monkeypatch.delenv(name, raising=False)
 
     def set_variables(variables):
@@ -99,6 +110,32 @@ def test_a_process_that_is_alone_asks_nobody():
     distributed.leave(1, "no one to tell")
 
 
+ALONE = """
+from cnn_jax.runtime import distributed
+place = distributed.find_place()
+distributed.join(place, timeout=20)
+import jax
+print(place.detected, jax.process_count(), jax.device_count(), distributed.who() or "alone")
+"""
+
+
+@pytest.mark.parametrize("hosts", ["localhost", None])
+def test_a_tpu_machine_that_is_no_part_of_a_slice_is_one_process(hosts, environment):
+    variables = CLOUD_TPU | {"TPU_WORKER_ID": "0", "JAX_COORDINATOR_PORT": str(free_port())}
+    names = {} if hosts is None else {"TPU_WORKER_HOSTNAMES": hosts}
+    del variables["TPU_WORKER_HOSTNAMES"]
+    environment(variables | names)
+    done = subprocess.run(
+        [sys.executable, "-c", ALONE],
+        cwd=ROOT,
+        env=os.environ | {"JAX_NUM_CPU_DEVICES": "4"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["True", "1", "4", "alone"]
+
+
 TOGETHER = """
 import json, sys
 import numpy as np
@@ -146,7 +183,7 @@ distributed.leave(0)
 """
 
 
-@pytest.mark.parametrize("launcher", ["flags", "Slurm", "Open MPI"])
+@pytest.mark.parametrize("launcher", ["flags", "Slurm", "Open MPI", "Cloud TPU"])
 def test_two_processes_join_agree_and_share_batches(launcher, environment):
     port = str(free_port())
     places = [[None, None, None]] * 2
@@ -162,6 +199,7 @@ def test_two_processes_join_agree_and_share_batches(launcher, environment):
                 "OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://127.0.0.1:34911",
                 "OMPI_COMM_WORLD_RANK": str(index),
             },
+            "Cloud TPU": CLOUD_TPU | {"TPU_WORKER_ID": str(index)},
         }[launcher]
         own = {"JAX_NUM_CPU_DEVICES": "2", "JAX_COORDINATOR_PORT": port, **variables}
         processes.append(

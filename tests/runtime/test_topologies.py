@@ -85,12 +85,14 @@ def in_child(code, *names):
 @pytest.mark.parametrize(
     ("text", "name", "platform", "num_devices", "links"),
     [
-        ("v5e:4x4", "v5e:4x4", "tpu", 16, 4),
+        ("v5e:4x4", "v5e:4x4", "tpu", 16, 2),
         ("v5e:2x2", "v5e:2x2", "tpu", 4, 2),
         ("v5e:1x1", "v5e:1x1", "tpu", 1, 0),
         ("v5e:16x16", "v5e:16x16", "tpu", 256, 4),
         ("v5p:2x2x1", "v5p:2x2x1", "tpu", 4, 2),
-        ("v4:2x2x4", "v4:2x2x4", "tpu", 16, 4),
+        ("v5e:8x16", "v5e:8x16", "tpu", 128, 2),
+        ("v4:2x2x4", "v4:2x2x4", "tpu", 16, 3),
+        ("v4:4x4x8", "v4:4x4x8", "tpu", 128, 6),
         ("v3:2x2", "v3:2x2", "tpu", 8, 2),
         ("tpu7x:2x2x1", "tpu7x:2x2x1", "tpu", 8, 2),
         ("h200", "h200:1", "cuda", 1, 0),

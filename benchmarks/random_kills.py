@@ -185,6 +185,7 @@ def main() -> None:
                 signum, phase, in_time = hit(start(workdir), chance, horizon)
                 ended = not in_time
                 if in_time:
+                    print(f"{sum(counts.values()) + 1} killed: {signum}, {phase}", flush=True)
                     counts[signum] += 1
                     phases[phase] += 1
                     kills += 1

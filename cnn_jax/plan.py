@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from cnn_jax.config import Config, abstract_variables
 from cnn_jax.data.bad_records import open_without_bad_records
 from cnn_jax.data.datasets import DatasetInfo
-from cnn_jax.data.pipeline import steps_at_epoch_end
+from cnn_jax.data.pipeline import batches_ahead, steps_at_epoch_end
 from cnn_jax.data.sources import Crops, Source, open_source
 from cnn_jax.data.stages import Stages
 from cnn_jax.models import create_model
@@ -49,6 +49,7 @@ from cnn_jax.training.state import TrainState, init_state
 from cnn_jax.training.statistics import pool_statistics, spread_statistics
 from cnn_jax.training.steps import (
     EvalStep,
+    Normalize,
     PredictStep,
     TrainStep,
     make_eval_step,
@@ -144,11 +145,8 @@ class Plan:
 
     def make_key(self) -> jax.Array:
         """Returns the root of all randomness in the steps, on the devices."""
-
-        def make() -> jax.Array:
-            return jax.random.fold_in(jax.random.key(self.config.seed), 1)
-
-        return jax.jit(make, out_shardings=replicated(self.mesh))()
+        make = jax.jit(lambda: training_key(self.config), out_shardings=replicated(self.mesh))
+        return make()
 
     def compile(
         self, step: str, *, log: Callable[[str], None] = lambda text: None
@@ -323,7 +321,9 @@ class Plan:
         """Returns how training images come to the devices."""
         if not self.resident:
             data = self.config.data
-            return f"streamed, {data.prefetch} batches ahead by {data.num_threads} threads"
+            ahead = batches_ahead(num_threads=data.num_threads, prefetch=data.prefetch)
+            threads = "1 thread" if data.num_threads == 1 else f"{data.num_threads} threads"
+            return f"streamed, {ahead} batches ahead by {threads}"
         size = self.train_examples * math.prod(self.dataset.image_shape)
         calls = "1 step" if self.steps_per_call == 1 else f"up to {self.steps_per_call} steps"
         return f"resident, {size / 2**20:,.1f} MiB on each device; {calls} a call"
@@ -479,6 +479,11 @@ def _loss(config: Config) -> Loss:
     )
 
 
+def training_key(config: Config) -> jax.Array:
+    """Returns the root of all randomness in the steps."""
+    return jax.random.fold_in(jax.random.key(config.seed), 1)
+
+
 def augmentation(config: Config) -> Augment:
     """Returns what changes training images before they are normalised."""
     augment = config.augment
@@ -495,7 +500,12 @@ def augmentation(config: Config) -> Augment:
     )
 
 
-def _mix(config: Config, num_classes: int) -> Mix | None:
+def normalization(config: Config, *, dtype: Any) -> Normalize:
+    """Returns what makes of pixels the images that the model takes."""
+    return functools.partial(normalize, mean=config.data.mean, std=config.data.std, dtype=dtype)
+
+
+def mixing(config: Config, num_classes: int) -> Mix | None:
     """Returns what changes normalised images; None without, and labels stay labels."""
     augment = config.augment
     if not (augment.erase_probability or augment.mixup_alpha or augment.cutmix_alpha):
@@ -605,7 +615,7 @@ def make_plan(config: Config, *, devices: Sequence[Any] | None = None) -> Plan:
         clip_norm=optimizer.clip_norm,
         clip_ratio=optimizer.clip_ratio,
     )
-    prepare = functools.partial(normalize, mean=config.data.mean, std=config.data.std, dtype=dtype)
+    prepare = normalization(config, dtype=dtype)
     frozen = None
     if config.train_only:
         variables = abstract_variables(config.model.name, config.model.arguments, dataset)
@@ -643,7 +653,7 @@ def make_plan(config: Config, *, devices: Sequence[Any] | None = None) -> Plan:
             normalize=prepare,
             # Images of many sizes come in the size of the phase already.
             augment=resized_first(augment, side) if side and dataset.has_one_size else augment,
-            mix=_mix(config, dataset.num_classes),
+            mix=mixing(config, dataset.num_classes),
             average=moving_average(decay) if decay else lambda state: state,
             frozen=frozen,
             accumulate_steps=config.accumulate_steps,

@@ -54,7 +54,7 @@ def get_config() -> Any:  # a ConfigDict, whose attributes a type checker cannot
     config.data.residency = "auto"  # device: all of it lies there; host: streamed; auto: if it fits
     config.data.memory_limit_mb = 1024  # MiB; a larger split is read from disk batch by batch
     config.data.num_threads = 2  # threads that make batches, on each host
-    config.data.prefetch = 4  # batches made ahead of the step
+    config.data.prefetch = 4  # batches made ahead of the step: at least 2, and one for each thread
     config.data.on_bad_record = "raise"  # or skip: the next good record stands in for a damaged one
     config.data.mean = (0.2860,)  # one for each channel, of pixels scaled to [0, 1]
     config.data.std = (0.3530,)  # likewise; images become (pixels / 255 - mean) / std

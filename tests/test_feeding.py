@@ -189,6 +189,8 @@ def test_the_plan_says_how_images_come():
     assert "up to 5 steps a call" in plan(("steps_per_call", "5")).describe()
     streamed = plan(("data.residency", "host")).describe()
     assert "feeding    streamed, 4 batches ahead by 2 threads" in streamed
+    least = (("data.residency", "host"), ("data.num_threads", "1"), ("data.prefetch", "1"))
+    assert "feeding    streamed, 2 batches ahead by 1 thread\n" in plan(*least).describe()
 
 
 def test_streamed_batches_are_made_before_they_are_asked_for(monkeypatch):

@@ -4,13 +4,12 @@ import contextlib
 import sys
 import threading
 import time
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import jax
+import jax.numpy as jnp
 import numpy as np
 
 from cnn_jax import storage
@@ -19,7 +18,13 @@ from cnn_jax.data.datasets import DATASETS, directory_of_sets
 from cnn_jax.data.finding import passed_over
 from cnn_jax.data.sources import OWN_BUILDERS, ImageSource, Source, open_source
 from cnn_jax.errors import UserError, nearest
-from cnn_jax.plan import augmentation, source_options
+from cnn_jax.plan import (
+    augmentation,
+    mixing,
+    normalization,
+    source_options,
+    training_key,
+)
 from cnn_jax.runtime.report import LINE_EVERY, Progress, duration
 
 EXAMPLES = 16
@@ -27,6 +32,9 @@ EXAMPLES = 16
 
 SIZED = 1000
 """Images, evenly spread over a split, whose sizes are looked at."""
+
+SHOWN = 20
+"""Classes at most whose counts are shown; of more, the largest and the smallest."""
 
 WITH_TENSORFLOW = """\
 TFDS prepares {name} with TensorFlow only, or needs a package ({error}). An environment of its own
@@ -214,40 +222,76 @@ def _look(source: Source, index: int) -> list[tuple[bool, str]]:
 
 
 def _print_split(source: Source) -> None:
-    spread = np.unique(np.linspace(0, len(source) - 1, SIZED).astype(np.int64))
+    """Prints the sizes of some of a split's images, and how many there are of each class."""
+    shown = " x ".join(map(str, source.info.image_shape))
     if isinstance(source, ImageSource):
-        from cnn_jax.data.images import ImageError, size_of
+        shown = _sizes(source)
+    print(f"  {source.split}: {len(source):,} images; {shown}")
+    counts, unknown = _counted(source)
+    print(_balance(counts, _names(source)))
+    if unknown:
+        have = "has" if unknown == 1 else "have"
+        print(f"    {unknown:,} {have} no class that can be read; `data check` says why")
 
-        sizes, labels = [], []
-        for index in spread:
-            with contextlib.suppress(OSError, ImageError):
-                data, label = source.read(int(index))
-                sizes.append(size_of(data))
-                labels.append(label)
-        if not sizes:
-            raise UserError(
-                f"{source.split}: none of {len(spread):,} images can be read; `data check` says why"
-            )
-        heights, widths = zip(*sizes, strict=True)
-        shown = (
-            f"{min(widths)} to {max(widths)} wide (median {int(np.median(widths))}), "
-            f"{min(heights)} to {max(heights)} high (median {int(np.median(heights))})"
+
+def _sizes(source: ImageSource) -> str:
+    from cnn_jax.data.images import size_of
+
+    spread = np.unique(np.linspace(0, len(source) - 1, SIZED).astype(np.int64))
+    sizes = []
+    for index in spread:
+        with contextlib.suppress(OSError, ValueError):
+            data, _ = source.read(int(index))
+            sizes.append(size_of(data))
+    if not sizes:
+        raise UserError(
+            f"{source.split}: none of {len(spread):,} images can be read; `data check` says why"
         )
-    else:
-        labels = source.batch(spread)["label"].tolist()
-        shown = " x ".join(map(str, source.info.image_shape))
-    counts = Counter(labels)
-    names = source.info.class_names or tuple(map(str, range(source.info.num_classes)))
-    most, least = (f"{names[k]} {counts[k] / len(labels):.1%}" for k in _extremes(counts, names))
-    print(
-        f"  {source.split}: {len(source):,} images; of {len(labels):,} looked at: {shown}; "
-        f"most {most}, least {least}"
+    heights, widths = zip(*sizes, strict=True)
+    return (
+        f"of {len(sizes):,} looked at: "
+        f"{min(widths)} to {max(widths)} wide (median {int(np.median(widths))}), "
+        f"{min(heights)} to {max(heights)} high (median {int(np.median(heights))})"
     )
 
 
-def _extremes(counts: Counter[int], names: Sequence[str]) -> tuple[int, int]:
-    by_count = sorted(range(len(names)), key=lambda label: counts[label])
-    return by_count[-1], by_count[0]
+def _counted(source: Source) -> tuple[np.ndarray, int]:
+    """Returns how many examples of each class there are, and of how many it cannot be told."""
+    counts = np.zeros(source.info.num_classes, np.int64)
+    progress = Progress(len(source), first_step=0)
+    with contextlib.closing(progress):
+        for start in range(0, len(source), 1024):
+            stop = min(start + 1024, len(source))
+            found = source.classes(np.arange(start, stop))
+            counts += np.bincount(
+                found[(found >= 0) & (found < len(counts))], minlength=len(counts)
+            )
+            progress.count(stop, "labels")
+    return counts, len(source) - int(counts.sum())
+
+
+def _balance(counts: np.ndarray, names: Sequence[str]) -> str:
+    """Returns a table: every class in order or, of many, the largest and the smallest."""
+    order = np.arange(len(counts))
+    if len(counts) > SHOWN:
+        order = np.argsort(-counts, kind="stable")
+        middle = counts[order[SHOWN // 2 : -SHOWN // 2]]
+    chosen = [*order[: SHOWN // 2], *order[SHOWN // 2 :][-SHOWN // 2 :]]
+    width = max(len("class"), *(len(names[k]) for k in chosen))
+    total = max(1, counts.sum())
+    lines = [f"    {'class':<{width}}  {'images':>11}  {'share':>8}"]
+    lines += [
+        f"    {names[k]:<{width}}  {counts[k]:>11,}  {counts[k] / total:>8.2%}" for k in chosen
+    ]
+    if len(counts) > SHOWN:
+        between = f"    {len(middle):,} classes between, of {middle[-1]:,} to {middle[0]:,}"
+        lines.insert(1 + SHOWN // 2, between)
+    return "\n".join(lines)
+
+
+def _names(source: Source) -> Sequence[str]:
+    """Returns the names of the classes, or their numbers where there are none."""
+    return source.info.class_names or tuple(map(str, range(source.info.num_classes)))
 
 
 def _draw(config: Config, source: Source, path: Path) -> None:
@@ -255,9 +299,8 @@ def _draw(config: Config, source: Source, path: Path) -> None:
     from matplotlib.figure import Figure  # where used: it is slow to import
 
     index = np.linspace(0, len(source) - 1, min(EXAMPLES, len(source))).astype(np.int32)
-    epoch = np.zeros_like(index)
-    before, after = source.batch(index), _augmented(config, source.batch(index, epoch), index)
-    names = source.info.class_names or tuple(map(str, range(source.info.num_classes)))
+    before, (after, shares) = source.batch(index), _as_trained(config, source, index)
+    names = _names(source)
     figure = Figure(figsize=(16, 9), layout="constrained")
     figure.suptitle(f"{config.data.name}, {source.split}: each image before and after augmentation")
     axes: Any = figure.subplots(4, EXAMPLES // 2)
@@ -265,13 +308,30 @@ def _draw(config: Config, source: Source, path: Path) -> None:
         axis.set_axis_off()
     for place, label in enumerate(before["label"]):
         row, column = divmod(place, EXAMPLES // 2)
-        axes[2 * row, column].set_title(names[label], fontsize=9)
-        for below, pixels in enumerate((before["image"][place], after[place])):
-            axes[2 * row + below, column].imshow(pixels.squeeze(), cmap="gray", vmin=0, vmax=255)
+        mixed = [
+            names[k] + f" {shares[place, k]:.0%}" for k in np.flatnonzero(shares[place]).tolist()
+        ]
+        for below, (pixels, title) in enumerate(
+            ((before["image"][place], names[label]), (after[place], "\n".join(mixed)))
+        ):
+            axis = axes[2 * row + below, column]
+            axis.set_title(title, fontsize=9)
+            axis.imshow(pixels.squeeze(), cmap="gray", vmin=0, vmax=255)
     figure.savefig(path, dpi=100)
 
 
-def _augmented(config: Config, batch: dict[str, np.ndarray], index: np.ndarray) -> np.ndarray:
-    augment = augmentation(config)
-    images = augment(batch["image"], jax.random.key(config.seed), np.zeros_like(index), index)
-    return np.clip(np.asarray(images), 0, 255).astype(np.uint8)
+def _as_trained(config: Config, source: Source, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns what a step makes of the examples as one batch of the first epoch.
+
+    They are images, uint8, and the shares of the classes, [n, k]; of labels as they are, [n, 0].
+    """
+    epoch, key = np.zeros_like(index), training_key(config)
+    batch = source.batch(index, epoch)
+    images = augmentation(config)(batch["image"], key, epoch, index)
+    images = normalization(config, dtype=jnp.float32)(images)
+    shares: Any = np.empty((len(index), 0))
+    if mix := mixing(config, source.info.num_classes):
+        images, shares = mix(images, batch["label"], key, epoch, index)
+    mean, std = map(np.array, (config.data.mean, config.data.std))
+    pixels = np.rint(255 * (np.asarray(images) * std + mean))
+    return np.clip(pixels, 0, 255).astype(np.uint8), np.asarray(shares)

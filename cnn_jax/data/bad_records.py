@@ -61,6 +61,9 @@ class SkipBadRecords:
             ]
             return {name: np.concatenate([each[name] for each in examples]) for name in examples[0]}
 
+    def classes(self, indices: np.ndarray) -> np.ndarray:
+        return self.source.classes(indices)
+
     def is_good(self, indices: np.ndarray) -> np.ndarray:
         """Returns which of the numbered examples, read before, are their own, bool [n]."""
         return np.array([int(index) not in self.bad for index in indices])

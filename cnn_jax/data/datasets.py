@@ -169,6 +169,11 @@ def split_range(info: DatasetInfo, split: str) -> tuple[str, range]:
       UserError: `split` is not one slice of one of the splits, or the slice is empty.
     """
     name = split.partition("[")[0]
+    if "+" in (split[len(name) :] if name in info.splits else split):
+        raise UserError(
+            f"{split!r} adds up several splits; of {info.name} one is taken, or one slice of it, "
+            f"such as {next(iter(info.splits))}[:1000]"
+        )
     if name not in info.splits:
         raise UserError(
             f"{info.name} has no split {split!r}{nearest(name, info.splits)}; it has "

@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from cnn_jax.data.datasets import DATASETS, DatasetInfo, directory_of_sets, split_range
 from cnn_jax.data.found_images import Found, find_images
 from cnn_jax.data.record_files import RecordFiles
-from cnn_jax.data.sources import Images, RecordSource
+from cnn_jax.data.sources import Images, RecordSource, class_in_record
 from cnn_jax.errors import UserError
 from cnn_jax.storage import absolute, cache, is_remote, local_copy, place, reason
 
@@ -176,3 +178,6 @@ class TfdsImages:
             self._records[index], decoders=self._decoders
         )
         return example["image"], int(example["label"])
+
+    def classes(self, numbers: np.ndarray) -> np.ndarray:
+        return self._records.classes(numbers, functools.partial(class_in_record, self._features))

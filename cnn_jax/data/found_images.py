@@ -47,6 +47,10 @@ class EncodedImages(Protocol):
         """Returns the encoded image and its class; raises OSError or ValueError for damage."""
         ...
 
+    def classes(self, numbers: np.ndarray) -> np.ndarray:
+        """Returns the classes, int [n], without the images where they lie apart; -1 of damage."""
+        ...
+
 
 @dataclass(frozen=True)
 class Found:
@@ -77,6 +81,9 @@ class ImageFiles:
     def read(self, index: int) -> tuple[bytes, int]:
         return read_bytes(self.name(index)), int(self.labels[index])
 
+    def classes(self, numbers: np.ndarray) -> np.ndarray:
+        return self.labels[numbers]
+
 
 class TarImages:
     """Members of tar files, read at their offsets."""
@@ -104,6 +111,9 @@ class TarImages:
         offset, size, label = self._rows[index].tolist()
         data = os.pread(self._files[bisect_right(self._ends, index)], size, offset)
         return data, label
+
+    def classes(self, numbers: np.ndarray) -> np.ndarray:
+        return self.labels[numbers]
 
 
 @functools.lru_cache(maxsize=8)

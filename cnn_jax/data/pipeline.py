@@ -146,6 +146,14 @@ def eval_batches(
     return _iterate(make_batch, range(num_batches), num_threads, prefetch)
 
 
+def batches_ahead(*, num_threads: int, prefetch: int) -> int:
+    """Returns how many batches are made or being made before one is asked for.
+
+    They are two at least, so that one is there while the next is made, and one for each thread.
+    """
+    return max(prefetch, num_threads, 2)
+
+
 def _part(batch_size: int, process_index: int, process_count: int) -> range:
     if batch_size % process_count:
         raise UserError(
@@ -178,7 +186,8 @@ def _iterate(
     # One element is one batch: grain spends more on an element than NumPy on a small image.
     batches = grain.MapDataset.range(numbers.start, numbers.stop).map(named)
     options = grain.ReadOptions(
-        num_threads=num_threads, prefetch_buffer_size=max(prefetch, num_threads)
+        num_threads=num_threads,
+        prefetch_buffer_size=batches_ahead(num_threads=num_threads, prefetch=prefetch),
     )
     iterator = iter(batches.to_iter_dataset(options))
     iterator.start_prefetch()

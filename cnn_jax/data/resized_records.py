@@ -11,6 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from cnn_jax.data.found_images import Found
 from cnn_jax.data.record_files import RecordFiles, Shard
 from cnn_jax.data.sources import ImageSource
@@ -37,7 +39,14 @@ class RecordImages:
 
     def read(self, index: int) -> tuple[bytes, int]:
         record = self._records[index]
-        return record[4:], int.from_bytes(record[:4], "little")
+        return record[4:], _class_of(record)
+
+    def classes(self, numbers: np.ndarray) -> np.ndarray:
+        return self._records.classes(numbers, _class_of)
+
+
+def _class_of(record: bytes) -> int:
+    return int.from_bytes(record[:4], "little")
 
 
 def find_records(directory: Path) -> Found:

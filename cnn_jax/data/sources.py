@@ -44,6 +44,13 @@ class Source(Protocol):
         """
         ...
 
+    def classes(self, indices: np.ndarray) -> np.ndarray:
+        """Returns the numbered examples' classes, int [n], as noted; decodes no image.
+
+        One may be out of range, and is -1 where the record is damaged.
+        """
+        ...
+
 
 def open_source(
     name: str,
@@ -160,6 +167,9 @@ class MemorySource:
         del epochs
         return {"image": self.images[indices], "label": self.labels[indices]}
 
+    def classes(self, indices: np.ndarray) -> np.ndarray:
+        return self.labels[indices]
+
 
 @dataclass(frozen=True)
 class Selected:
@@ -179,6 +189,9 @@ class Selected:
     def batch(self, indices: np.ndarray, epochs: np.ndarray | None = None) -> dict[str, np.ndarray]:
         return self.source.batch(self.numbers[indices], epochs)
 
+    def classes(self, indices: np.ndarray) -> np.ndarray:
+        return self.source.classes(self.numbers[indices])
+
 
 @dataclass(frozen=True)
 class SyntheticSource:
@@ -195,11 +208,14 @@ class SyntheticSource:
     def batch(self, indices: np.ndarray, epochs: np.ndarray | None = None) -> dict[str, np.ndarray]:
         del epochs
         numbers = self.examples.start + np.asarray(indices, np.int64)
-        labels = (numbers % self.info.num_classes).astype(np.int32)
+        labels = self.classes(indices).astype(np.int32)
         images = np.empty((len(numbers), *self.info.image_shape), np.uint8)
         for image, number, label in zip(images, numbers, labels, strict=True):
             image[:] = self._noise(int(number)) // 2 + self._pattern(int(label))
         return {"image": images, "label": labels}
+
+    def classes(self, indices: np.ndarray) -> np.ndarray:
+        return (self.examples.start + np.asarray(indices, np.int64)) % self.info.num_classes
 
     def _noise(self, number: int) -> np.ndarray:
         stream = list(self.info.splits).index(self.split_name)
@@ -293,6 +309,10 @@ class ImageSource:
                 ) from error
         return {"image": images, "label": labels}
 
+    def classes(self, indices: np.ndarray) -> np.ndarray:
+        numbers = [self._images.examples[index] for index in indices.tolist()]
+        return self._images.encoded.classes(np.array(numbers))
+
     def _box_of(self, index: int, epoch: int) -> Callable[[int, int], Any]:
         return functools.partial(
             self._decoding.random_box,
@@ -334,6 +354,9 @@ class RecordSource:
             "label": np.array([example["label"] for example in examples], np.int32),
         }
 
+    def classes(self, indices: np.ndarray) -> np.ndarray:
+        return self._records.classes(indices, functools.partial(class_in_record, self._features))
+
     def _example(self, index: int) -> dict[str, Any]:
         try:
             return self._features.deserialize_example_np(*self._records.many([index]))
@@ -343,6 +366,14 @@ class RecordSource:
                 f"{file} is damaged: record {number} cannot be read ({error}); "
                 "delete the directory it is in, and the data set is prepared again"
             ) from error
+
+
+def class_in_record(features: Any, record: bytes) -> int:
+    """Returns the class in a record of TFDS, without decoding its image."""
+    import tensorflow_datasets as tfds
+
+    undecoded = {"image": tfds.decode.SkipDecoding()}
+    return int(features.deserialize_example_np(record, decoders=undecoded)["label"])
 
 
 def _open_records(

@@ -1,6 +1,7 @@
 """`data`: what it says of good and of bad images, what it writes, what it refuses."""
 
 import io
+import itertools
 import os
 import re
 import shutil
@@ -11,18 +12,26 @@ import zlib
 from pathlib import Path
 
 import cv2
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import simplejpeg
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from driver import ROOT
+from matplotlib.axes import Axes
 from PIL import Image
 
 from cnn_jax.__main__ import main
+from cnn_jax.cli.config_files import load
 from cnn_jax.commands import data as command
+from cnn_jax.config import override, parse
 from cnn_jax.data.holdout import Part
 from cnn_jax.data.resized_records import write_records
 from cnn_jax.data.sources import open_source
+from cnn_jax.plan import Plan, make_plan, source_options
+from cnn_jax.training.state import TrainState
 
 
 @pytest.fixture
@@ -148,12 +157,77 @@ def test_inspect_says_what_is_there_and_draws_it(data, tmp_path):
     assert code == 0
     assert "folder 1.0.0: 2 classes; train 16, val 16\n" in output
     assert "60 to 60 wide (median 60), 50 to 50 high (median 50)" in output
-    assert "50.0%" in output
+    assert counted(output, "train") == [("cat", "8", "50.00%"), ("dog", "8", "50.00%")]
     with Image.open(picture) as image:
         assert image.size == (1600, 900)
     code, output = data("inspect", f"--output={picture}")
     assert code == 1
     assert "is already there" in output
+
+
+class SeenError(Exception):
+    """Carries what the model is given."""
+
+
+def seen_by_the_model(plan: Plan, batch: dict[str, np.ndarray]) -> np.ndarray:
+    """The images that a whole training step gives its model, whatever it does to them."""
+
+    def stop(call, arguments, keywords, context):
+        if context.method_name != "__call__":
+            return call(*arguments, **keywords)
+        raise SeenError(np.asarray(arguments[0]))
+
+    state = TrainState(step=jnp.int32(0), params={}, batch_stats={}, opt_state={})
+    with nn.intercept_methods(stop), pytest.raises(SeenError) as seen:
+        plan.train_step(state, batch, plan.make_key())
+    return seen.value.args[0]
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        pytest.param(
+            {
+                "augment.crop_padding": "4",
+                "augment.erase_probability": "1",
+                "augment.mixup_alpha": "1",
+            },
+            marks=pytest.mark.slow,
+        ),
+        {"augment.flip": "true", "augment.brightness": "0.4", "augment.cutmix_alpha": "1"},
+    ],
+    ids=("erasing and mixup", "colour and cutmix"),
+)
+def test_the_sheet_shows_what_the_network_sees(images, monkeypatch, tmp_path, recipe):
+    """Before: the images, to the pixel; after: the model's input in a step, back to pixels."""
+    shown: list[np.ndarray] = []
+    monkeypatch.setattr(Axes, "imshow", lambda axes, pixels, **options: shown.append(pixels))
+    texts = {
+        "data.name": "folder",
+        "data.source_dir": str(images),
+        "data.image_size": "32",
+        "data.test_split": "val",
+        "data.mean": "0.5,0.4,0.3",
+        "data.std": "0.5,0.25,0.2",
+        "augment.flip": "false",
+        "augment.crop_padding": "0",
+        "batch_size": "16",
+        "eval.batch_size": "8",
+    }
+    values = override(load(ROOT / "configs/default.py"), {**texts, **recipe}.items())
+    config = parse(values, num_devices=1)
+    assert command.inspect(config, picture=tmp_path / "sheet.png") == 0
+    before, after = np.stack(shown[::2]), np.stack(shown[1::2])
+
+    source = open_source("folder", "train", **source_options(config))
+    index, epoch = np.arange(16, dtype=np.int32), np.zeros(16, np.int32)
+    np.testing.assert_array_equal(before, source.batch(index)["image"])
+    batch = {**source.batch(index, epoch), "index": index, "epoch": epoch}
+    seen = seen_by_the_model(make_plan(config, devices=jax.devices()[:1]), batch)
+    pixels = np.clip((seen * [0.5, 0.25, 0.2] + [0.5, 0.4, 0.3]) * 255, 0, 255)
+    np.testing.assert_allclose(after, pixels, atol=0.501)
+    changed = np.abs(pixels - batch["image"]).max(axis=(1, 2, 3)) > 1
+    assert changed.mean() > 0.5  # so the recipe is on, beyond the random crop of every image
 
 
 def test_resized_images_train_on(data, tmp_path, images):
@@ -238,6 +312,77 @@ def as_records(images: Path) -> Path:
     return directory
 
 
+LAYOUTS = {"folder": Path, "csv": as_table, "tar": as_shards, "records": as_records}
+
+
+@pytest.mark.parametrize("kind", LAYOUTS)
+def test_inspect_counts_every_label(data, images, kind):
+    for number in range(3):
+        (images / "train" / "dog" / f"{number}.jpg").unlink()
+    source = LAYOUTS[kind](images)
+    code, output = data(
+        "inspect", f"--config.data.name={kind}", f"--config.data.source_dir={source}"
+    )
+    assert code == 0, output
+    train, val = (counted(output, split) for split in ("train", "val"))
+    names = ("0", "1") if kind in ("csv", "tar") else ("cat", "dog")
+    assert train == [(names[0], "8", "61.54%"), (names[1], "5", "38.46%")]
+    assert val == [(names[0], "8", "50.00%"), (names[1], "8", "50.00%")]
+
+
+def counted(output: str, split: str) -> list[tuple[str, ...]]:
+    """The rows of a split's table of classes."""
+    lines = output[output.index(f"  {split}: ") :].splitlines()[2:]
+    rows = itertools.takewhile(lambda line: line.endswith("%"), lines)
+    return [tuple(row.split()) for row in rows]
+
+
+def test_inspect_counts_what_a_sample_would_miss(data, images):
+    counts = {"cat": 4002, "dog": 2, "emu": 2}
+    table, path = images / "table.csv", "train/cat/0.jpg"
+    rows = [f"{path},{name}" for name, count in counts.items() for _ in range(count)]
+    table.write_text("\n".join(["path,label", *rows]))
+    flags = ("--config.data.name=csv", f"--config.data.source_dir={table}")
+    code, output = data("inspect", *flags, "--config.data.test_split=train")
+    assert code == 0, output
+    expected = [("cat", "4,002", "99.90%"), ("dog", "2", "0.05%"), ("emu", "2", "0.05%")]
+    assert counted(output, "train") == expected
+
+
+def test_inspect_tells_of_labels_that_are_none(data, images):
+    source = as_records(images)
+    relabel_a_record(source)
+    code, output = data(
+        "inspect", "--config.data.name=records", f"--config.data.source_dir={source}"
+    )
+    assert code == 0, output
+    assert output.endswith("    1 has no class that can be read; `data check` says why\n")
+    assert counted(output, "val") == [("cat", "8", "53.33%"), ("dog", "7", "46.67%")]
+
+
+def test_inspect_tells_of_records_that_are_damaged(data, images):
+    source = as_records(images)
+    flip(source / "train-00000.array_record", b"", 500)
+    code, output = data(
+        "inspect", "--config.data.name=records", f"--config.data.source_dir={source}"
+    )
+    assert code == 0, output
+    assert counted(output, "train") == [("cat", "7", "46.67%"), ("dog", "8", "53.33%")]
+    assert "of 15 looked at: " in output
+    assert "    1 has no class that can be read; `data check` says why\n" in output
+
+
+def test_balance_of_a_thousand_classes():
+    """Class k has k + 1 images: 500,500 in all."""
+    lines = command._balance(np.arange(1, 1001), [f"n{k}" for k in range(1000)]).splitlines()
+    assert len(lines) == 1 + 10 + 1 + 10
+    assert lines[1].split() == ["n999", "1,000", "0.20%"]
+    assert lines[10].split() == ["n990", "991", "0.20%"]
+    assert lines[11] == "    980 classes between, of 11 to 990"
+    assert lines[12].split() == ["n9", "10", "0.00%"]
+    assert lines[-1].split() == ["n0", "1", "0.00%"]
+
+
 def flip(path: Path, content: bytes, behind: int) -> None:
     """Flips a bit so many bytes behind where the content begins."""
     data = bytearray(path.read_bytes())
@@ -269,8 +414,6 @@ def relabel_a_record(source: Path) -> None:
 
 
 HUFFMAN = b"\xff\xc4"
-
-LAYOUTS = {"folder": Path, "csv": as_table, "tar": as_shards, "records": as_records}
 
 DAMAGES = {  # kind, what is done to it, the exit code and what is said
     "an image bomb": (

@@ -2,6 +2,7 @@
 
 import itertools
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -232,6 +233,25 @@ def test_records_and_memory_give_the_same_batches(prepared_dir):
     )
     arguments = {"batch_size": 128, "seed": 0, "start_step": 10, "stop_step": 20}
     assert_same_batches(train_batches(memory, **arguments), train_batches(records, **arguments))
+
+
+@pytest.mark.parametrize(("num_threads", "prefetch", "ahead"), [(1, 1, 2), (1, 4, 4), (3, 1, 3)])
+def test_so_many_batches_are_ahead_of_the_one_asked_for(num_threads, prefetch, ahead):
+    """However long the step takes."""
+    source = Asked(**vars(small_source(400)))
+
+    def asked() -> int:
+        return len(source.__dict__.get("numbers", ()))
+
+    steps = {"batch_size": 4, "seed": 0, "start_step": 0, "stop_step": 100}
+    batches = train_batches(source, **steps, num_threads=num_threads, prefetch=prefetch)
+    for taken in range(3):
+        deadline = time.monotonic() + 30
+        while asked() < 4 * (taken + ahead) and time.monotonic() < deadline:
+            time.sleep(0.001)
+        assert asked() == 4 * (taken + ahead)
+        next(batches)
+    batches.close()
 
 
 def test_close_stops_the_threads():

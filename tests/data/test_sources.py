@@ -1,5 +1,6 @@
 """Sources: memory equals records, damage is named, the made-up images are what they say."""
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -14,7 +15,13 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 from cnn_jax.data.bad_records import open_without_bad_records
 from cnn_jax.data.builders.fashion_mnist import FashionMnist, FashionMnist10k
 from cnn_jax.data.datasets import DATASETS, dataset_info, split_range
-from cnn_jax.data.sources import MemorySource, RecordSource, fingerprint, open_source
+from cnn_jax.data.sources import (
+    MemorySource,
+    RecordSource,
+    Selected,
+    fingerprint,
+    open_source,
+)
 from cnn_jax.errors import UserError
 
 
@@ -73,8 +80,11 @@ def test_split_range(split, expected):
     ("split", "message"),
     [
         ("tarin", r"no split 'tarin' \(did you mean 'train'\?\); it has train, test"),
-        ("train+test", "no split"),
-        ("train[:5]+test", "not one slice"),
+        (
+            "train+test",
+            r"adds up several splits; of \w+ one is taken, or one slice of it, such as ",
+        ),
+        ("train[:5]+test", r"'train\[:5\]\+test' adds up several splits"),
         ("train[", "not one slice"),
         ("train[:20000]", "not one slice"),
         ("train[5:5]", "has no examples"),
@@ -83,6 +93,13 @@ def test_split_range(split, expected):
 def test_bad_split(split, message):
     with pytest.raises(UserError, match=message):
         split_range(DATASETS["fashion_mnist_10k"], split)
+
+
+def test_a_split_may_have_a_plus_in_its_name():
+    info = dataclasses.replace(DATASETS["fashion_mnist_10k"], splits={"a+b": 100})
+    assert split_range(info, "a+b") == ("a+b", range(100))
+    with pytest.raises(UserError, match="adds up several splits"):
+        split_range(info, "a+b+a+b")
 
 
 def test_memory_limit_decides_the_kind(prepared_dir):
@@ -99,6 +116,17 @@ def test_records_equal_memory(prepared_dir, split):
     indices = np.random.default_rng(0).integers(0, len(memory), 500)
     np.testing.assert_equal(records.batch(indices), memory.batch(indices))
     assert fingerprint(records, batch_size=8, seed=0) == fingerprint(memory, batch_size=8, seed=0)
+
+
+@pytest.mark.parametrize("memory_limit_mb", [0, 100])
+def test_classes_without_images(prepared_dir, memory_limit_mb):
+    whole = open_subset(prepared_dir, "test[50:90]", memory_limit_mb=memory_limit_mb)
+    held_out = Selected(whole, "some", np.array([3, 17, 39]))
+    made_up = open_source("synthetic", "train[995:1005]")
+    for source in (whole, held_out, made_up):
+        indices = np.random.default_rng(0).permutation(len(source))
+        np.testing.assert_array_equal(source.classes(indices), source.batch(indices)["label"])
+    assert made_up.classes(np.arange(10)).tolist() == [*range(995, 1000), *range(5)]
 
 
 def test_a_slice_is_that_part_of_the_whole(prepared_dir):

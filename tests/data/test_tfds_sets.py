@@ -1,13 +1,17 @@
 """Data sets that TFDS prepared: found by name or directory, read without TensorFlow."""
 
+import dataclasses
 import io
+from pathlib import Path
 
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from cnn_jax.data.datasets import DATASETS, dataset_info
+from cnn_jax import predict
+from cnn_jax.__main__ import main
+from cnn_jax.data.datasets import DATASETS, DatasetInfo, dataset_info
 from cnn_jax.data.sources import Crops, ImageSource, MemorySource, open_source
 from cnn_jax.errors import UserError
 
@@ -53,6 +57,10 @@ class OneSize(_Pictures, skip_registration=True):
     name = "cifar10"
 
 
+class Unnamed(_Pictures, skip_registration=True):
+    name = "cifar100"  # of which the table of data sets has no class names
+
+
 class ManySizes(_Pictures, skip_registration=True):
     name = "pictures"
     SHAPE = (None, None, 3)
@@ -61,9 +69,15 @@ class ManySizes(_Pictures, skip_registration=True):
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory):
     root = tmp_path_factory.mktemp("tfds")
-    for builder in (OneSize, ManySizes):
+    for builder in (OneSize, Unnamed, ManySizes):
         builder(data_dir=root, file_format="array_record").download_and_prepare()
     return root
+
+
+def small(name: str) -> DatasetInfo:
+    """What is known of a data set by name, were it one of those made here."""
+    splits = {"train": 12, "test": 4}
+    return dataclasses.replace(DATASETS[name], splits=splits, num_classes=3)
 
 
 def test_table_agrees_with_tfds():
@@ -72,15 +86,38 @@ def test_table_agrees_with_tfds():
 
 
 def test_images_of_one_size_by_name(data_dir, monkeypatch):
-    info = DATASETS["cifar10"]
-    small = type(info)(**{**vars(info), "splits": {"train": 12, "test": 4}, "num_classes": 3})
-    monkeypatch.setitem(DATASETS, "cifar10", small)
+    monkeypatch.setitem(DATASETS, "cifar10", small("cifar10"))
     source = open_source("cifar10", "train[3:9]", data_dir=str(data_dir))
     assert isinstance(source, MemorySource)
     assert source.info.class_names == ("ant", "bee", "cow")
     batch = source.batch(np.arange(6))
     np.testing.assert_array_equal(batch["image"], [picture(i, 32, 32) for i in range(3, 9)])
     assert batch["label"].tolist() == [0, 1, 2, 0, 1, 2]
+
+
+@pytest.mark.slow
+def test_names_of_classes_travel_with_the_checkpoint(data_dir, tmp_path, monkeypatch):
+    """From what TFDS prepared, by way of training, to predictions that need no data."""
+    monkeypatch.setitem(DATASETS, "cifar100", small("cifar100"))
+    monkeypatch.chdir(Path(__file__).parents[2])
+    flags = {
+        "data.name": "cifar100",
+        "data.data_dir": data_dir,
+        "data.mean": "0.5,0.5,0.5",
+        "data.std": "0.5,0.5,0.5",
+        "model.width": 4,
+        "model.stage_sizes": "1,",
+        "batch_size": 8,
+        "eval.batch_size": 8,
+        "num_epochs": 1,
+    }
+    texts = [f"--config.{key}={value}" for key, value in flags.items()]
+    run = tmp_path / "run"
+    assert main(["train", "--config=configs/default.py", *texts, f"--workdir={run}"]) == 0
+    (tmp_path / "image.png").write_bytes(png(picture(0, 32, 32)).getvalue())
+    monkeypatch.setitem(DATASETS, "cifar100", small("mnist"))  # nothing but the checkpoint tells
+    (predicted,) = predict(run, [str(tmp_path / "image.png")], top=3)
+    assert sorted(name for name, _ in predicted.classes) == ["ant", "bee", "cow"]
 
 
 def test_name_with_other_examples_than_known(data_dir):
@@ -97,7 +134,7 @@ def test_images_of_many_sizes_by_directory(data_dir):
     source = open_source("tfds", "test[1:]", source_dir=directory, crops=crops)
     assert isinstance(source, ImageSource)
     batch = source.batch(np.arange(3))
-    assert batch["label"].tolist() == [1, 2, 0]
+    assert batch["label"].tolist() == source.classes(np.arange(3)).tolist() == [1, 2, 0]
     np.testing.assert_array_equal(batch["image"][1], picture(52, 64, 80)[:, 8:72])
 
 

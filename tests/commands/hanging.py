@@ -10,7 +10,7 @@ import time
 
 import jax
 
-from cnn_jax import feeding, plan
+from cnn_jax import plan
 from cnn_jax.__main__ import run
 from cnn_jax.data.sources import MemorySource
 from cnn_jax.training.augment import make_augment
@@ -43,7 +43,7 @@ def make_hanging_source(hang, after):
         source = opened(*arguments, **options)
         return Hanging(source.info, source.split, source.images, source.labels)
 
-    opened = feeding.open_source
+    opened = plan.open_source
     return open_source
 
 
@@ -68,5 +68,5 @@ if __name__ == "__main__":
             "interpreter": (hang_with_the_interpreter, 0),
             "memory": (run_out_of_memory, 12),
         }[sys.argv[1]]
-        feeding.open_source = make_hanging_source(hang, after)
+        plan.open_source = make_hanging_source(hang, after)
     run(["train", *sys.argv[2:]])

@@ -124,7 +124,7 @@ def test_the_summary_names_what_is_written(train_here, complete):
 
 @pytest.mark.slow
 def test_a_slow_source_is_waited_for(train_here, tmp_path, monkeypatch):
-    from cnn_jax import feeding
+    from cnn_jax import plan
 
     pause = 1.0
 
@@ -141,7 +141,7 @@ def test_a_slow_source_is_waited_for(train_here, tmp_path, monkeypatch):
                 time.sleep(pause)
             return self.source.batch(indices, epochs)
 
-    monkeypatch.setattr(feeding, "open_source", SlowSource)
+    monkeypatch.setattr(plan, "open_source", SlowSource)
     streamed = "--config.data.residency=host"
     code, output = train_here(tmp_path / "run", "--config.num_epochs=1", streamed)
     assert code == 0, output

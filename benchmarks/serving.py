@@ -95,6 +95,7 @@ def write_resnet50(path: Path) -> None:
         "model": "resnet50",
         "data": "nothing",
         "step": 0,
+        "ema": False,
         "preprocessing": {},
     }
     with zipfile.ZipFile(path, "w") as file:

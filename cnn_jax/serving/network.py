@@ -82,9 +82,10 @@ def network_of_file(path: str | Path) -> Network:
     """Returns the network of an exported file; UserError for one that cannot be read."""
     exported = open_exported(path)
     names = tuple(exported.about["class_names"])
-    known = {key: exported.about[key] for key in ("model", "data", "step", "ema", "preprocessing")}
+    told = ("model", "data", "step", "ema", "preprocessing")  # older files do not have all of it
+    known = {key: exported.about[key] for key in told if key in exported.about}
     about = _described(known | {"digest": exported.digest}, names, exported.image_shape)
-    fraction = known["preprocessing"].get("eval_fraction", 1.0)  # earlier files do not say it
+    fraction = known.get("preprocessing", {}).get("eval_fraction", 1.0)  # earlier files do not say it
     return Network(about, names, exported.image_shape, fraction, exported.compile_probabilities)
 
 

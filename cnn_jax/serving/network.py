@@ -82,10 +82,11 @@ def network_of_file(path: str | Path) -> Network:
     """Returns the network of an exported file; UserError for one that cannot be read."""
     exported = open_exported(path)
     names = tuple(exported.about["class_names"])
-    told = ("model", "data", "step", "ema", "preprocessing")  # older files do not have all of it
+    # Earlier files do not say all of it.
+    told = ("model", "data", "step", "ema", "preprocessing")
     known = {key: exported.about[key] for key in told if key in exported.about}
     about = _described(known | {"digest": exported.digest}, names, exported.image_shape)
-    fraction = known.get("preprocessing", {}).get("eval_fraction", 1.0)  # earlier files do not say it
+    fraction = known.get("preprocessing", {}).get("eval_fraction", 1.0)
     return Network(about, names, exported.image_shape, fraction, exported.compile_probabilities)
 
 

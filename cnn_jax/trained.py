@@ -2,9 +2,9 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from cnn_jax.data.datasets import DatasetInfo
 from cnn_jax.data.sources import Source
 from cnn_jax.errors import UserError
 from cnn_jax.models.torch_weights import from_variables
-from cnn_jax.plan import as_evaluated, decisive, make_model, open_part
+from cnn_jax.plan import as_evaluated, decisive, make_model, normalization, open_part
 from cnn_jax.runtime.checkpoint import find_damage
 from cnn_jax.runtime.compiler import compile_program, compiler_settings
 from cnn_jax.runtime.programs import kept
@@ -23,8 +23,10 @@ from cnn_jax.runtime.report import METRICS, read_rows
 from cnn_jax.runtime.weight_files import read_directory
 from cnn_jax.runtime.workdir import CONFIG, read_config
 from cnn_jax.storage import place
-from cnn_jax.training.augment import normalize
 from cnn_jax.typing import Images, RawImages
+
+if TYPE_CHECKING:
+    from cnn_jax.data.reading_ahead import FileBatch
 
 CHECKPOINTS = ("last", "best")
 
@@ -60,7 +62,7 @@ class Trained:
     @property
     def class_names(self) -> tuple[str, ...]:
         """The names of the classes, or their numbers where the data set gives no names."""
-        return self.dataset.class_names or tuple(map(str, range(self.dataset.num_classes)))
+        return self.dataset.shown_names
 
     @property
     def eval_fraction(self) -> float:
@@ -82,8 +84,7 @@ class Trained:
 
     def normalize(self, images: RawImages) -> Images:
         """Returns what the network takes, of pixels, as in training."""
-        data, dtype = self.config.data, jnp.dtype(self.config.precision)
-        return normalize(images, mean=data.mean, std=data.std, dtype=dtype)
+        return normalization(self.config, dtype=jnp.dtype(self.config.precision))(images)
 
     def open_split(self, split: str | None, *, log: Callable[[str], None]) -> Source:
         """Returns the examples of a split of the run's data set, by default what it was tested on.
@@ -102,6 +103,23 @@ class Trained:
                 f"trained on; not in both: {', '.join(sorted(other)) or 'none, but in other order'}"
             )
         return source
+
+    def read_files(
+        self, paths: Iterable[str], *, batch_size: int, num_threads: int
+    ) -> Generator["FileBatch", None, None]:
+        """Gives the images that `paths` name as those of the run's data set are evaluated.
+
+        See `reading_ahead.read_batches`.
+        """
+        from cnn_jax.data.reading_ahead import read_batches  # only here: it loads decoders
+
+        return read_batches(
+            paths,
+            self.dataset.image_shape,
+            fraction=self.eval_fraction,
+            batch_size=batch_size,
+            num_threads=num_threads,
+        )
 
     def compile_logits(self, batch_size: int) -> Callable[[RawImages], jax.Array]:
         """Returns a compiled function of `batch_size` uint8 images: float32 logits [b, k].

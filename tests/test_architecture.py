@@ -11,6 +11,15 @@ ROOT = Path(__file__).parents[1]
 
 NOUNS = {"typing", "errors", "storage", "models", "data", "training", "runtime"}
 BETWEEN = {"config", "plan", "weights", "trained", "exported", "feeding"}
+OF_A_RUN = {  # what the package itself has, loaded when it is used
+    "commands.evaluate",
+    "commands.export",
+    "commands.features",
+    "commands.inspect",
+    "commands.plot",
+    "commands.predict",
+    "commands.serve",
+}
 MAY_IMPORT = {  # of the package, by part; every part may import itself
     "typing": set(),
     "errors": set(),
@@ -33,18 +42,7 @@ MAY_IMPORT = {  # of the package, by part; every part may import itself
     "commands.serve": NOUNS | {"serving"},
     "commands.train": NOUNS | BETWEEN | {"commands.evaluate"},
     "commands": set(),
-    "__init__": {
-        "models",
-        "training",
-        "typing",
-        "commands.evaluate",  # for the type checker; loaded when it is used, as those below
-        "commands.export",
-        "commands.features",
-        "commands.inspect",
-        "commands.plot",
-        "commands.predict",
-        "commands.serve",
-    },
+    "__init__": {"models", "training", "typing"} | OF_A_RUN,  # for the type checker alone
     "__main__": {"__init__", "errors", "runtime", "cli"},
     "cli": {
         "__init__",
@@ -59,15 +57,9 @@ MAY_IMPORT = {  # of the package, by part; every part may import itself
         "commands.compile",
         "commands.convert",
         "commands.data",
-        "commands.evaluate",
-        "commands.export",
-        "commands.features",
-        "commands.inspect",
-        "commands.plot",
-        "commands.predict",
-        "commands.serve",
         "commands.train",
-    },
+    }
+    | OF_A_RUN,
 }
 A_COMMAND = NOUNS | BETWEEN  # imports no other command, unless it is named above
 

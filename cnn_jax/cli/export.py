@@ -75,8 +75,8 @@ def run(options: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> in
 
 
 def _compared(differences: Mapping[str, float]) -> str:
-    exact, others = differences["float32"], {**differences}
-    del others["float32"]
+    exact = differences["float32"]
+    others = {name: difference for name, difference in differences.items() if name != "float32"}
     if not others:
         return f"within {exact:.1g} of the run's probabilities on {CHECKED}"
     ((precision, difference),) = others.items()

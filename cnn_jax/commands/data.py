@@ -228,7 +228,7 @@ def _print_split(source: Source) -> None:
         shown = _sizes(source)
     print(f"  {source.split}: {len(source):,} images; {shown}")
     counts, unknown = _counted(source)
-    print(_balance(counts, _names(source)))
+    print(_balance(counts, source.info.shown_names))
     if unknown:
         have = "has" if unknown == 1 else "have"
         print(f"    {unknown:,} {have} no class that can be read; `data check` says why")
@@ -272,26 +272,22 @@ def _counted(source: Source) -> tuple[np.ndarray, int]:
 
 def _balance(counts: np.ndarray, names: Sequence[str]) -> str:
     """Returns a table: every class in order or, of many, the largest and the smallest."""
-    order = np.arange(len(counts))
+    order, half = np.arange(len(counts)), SHOWN // 2
+    middle = order[:0]
     if len(counts) > SHOWN:
         order = np.argsort(-counts, kind="stable")
-        middle = counts[order[SHOWN // 2 : -SHOWN // 2]]
-    chosen = [*order[: SHOWN // 2], *order[SHOWN // 2 :][-SHOWN // 2 :]]
-    width = max(len("class"), *(len(names[k]) for k in chosen))
+        order, middle = np.concatenate([order[:half], order[-half:]]), order[half:-half]
+    width = max(len("class"), *(len(names[k]) for k in order.tolist()))
     total = max(1, counts.sum())
     lines = [f"    {'class':<{width}}  {'images':>11}  {'share':>8}"]
     lines += [
-        f"    {names[k]:<{width}}  {counts[k]:>11,}  {counts[k] / total:>8.2%}" for k in chosen
+        f"    {names[k]:<{width}}  {counts[k]:>11,}  {counts[k] / total:>8.2%}"
+        for k in order.tolist()
     ]
-    if len(counts) > SHOWN:
-        between = f"    {len(middle):,} classes between, of {middle[-1]:,} to {middle[0]:,}"
-        lines.insert(1 + SHOWN // 2, between)
+    if len(middle):
+        least, most = counts[middle[-1]], counts[middle[0]]
+        lines.insert(1 + half, f"    {len(middle):,} classes between, of {least:,} to {most:,}")
     return "\n".join(lines)
-
-
-def _names(source: Source) -> Sequence[str]:
-    """Returns the names of the classes, or their numbers where there are none."""
-    return source.info.class_names or tuple(map(str, range(source.info.num_classes)))
 
 
 def _draw(config: Config, source: Source, path: Path) -> None:
@@ -300,7 +296,7 @@ def _draw(config: Config, source: Source, path: Path) -> None:
 
     index = np.linspace(0, len(source) - 1, min(EXAMPLES, len(source))).astype(np.int32)
     before, (after, shares) = source.batch(index), _as_trained(config, source, index)
-    names = _names(source)
+    names = source.info.shown_names
     figure = Figure(figsize=(16, 9), layout="constrained")
     figure.suptitle(f"{config.data.name}, {source.split}: each image before and after augmentation")
     axes: Any = figure.subplots(4, EXAMPLES // 2)

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from cnn_jax.data.pipeline import eval_batches
-from cnn_jax.data.reading_ahead import read_batches
 from cnn_jax.errors import UserError, nearest
 from cnn_jax.models.explaining import feature_maps, feature_shapes, last_stage
 from cnn_jax.runtime.weight_files import refuse_existing
@@ -112,13 +111,7 @@ def _checked(run: Trained, layers: Sequence[str]) -> list[str]:
 def _of_files(
     run: Trained, paths: Iterable[str], batch_size: int, num_threads: int
 ) -> Generator[Part, None, None]:
-    batches = read_batches(
-        paths,
-        run.dataset.image_shape,
-        fraction=run.eval_fraction,
-        batch_size=batch_size,
-        num_threads=num_threads,
-    )
+    batches = run.read_files(paths, batch_size=batch_size, num_threads=num_threads)
     with contextlib.closing(batches):
         for batch in batches:
             for error in filter(None, batch.errors):

@@ -12,7 +12,7 @@ from typing import TextIO
 import jax
 import numpy as np
 
-from cnn_jax.data.reading_ahead import FileBatch, read_batches
+from cnn_jax.data.reading_ahead import FileBatch
 from cnn_jax.trained import most_probable, open_run
 
 FORMATS = ("table", "jsonl", "csv")
@@ -53,13 +53,7 @@ def predict(
     """
     run = open_run(workdir, checkpoint=checkpoint, ema=ema, log=_warn)
     logits, softmax = run.compile_logits(batch_size), jax.jit(jax.nn.softmax)
-    batches = read_batches(
-        paths,
-        run.dataset.image_shape,
-        fraction=run.eval_fraction,
-        batch_size=batch_size,
-        num_threads=num_threads,
-    )
+    batches = run.read_files(paths, batch_size=batch_size, num_threads=num_threads)
     with contextlib.closing(batches):
         waiting = None
         for batch in batches:

@@ -25,6 +25,11 @@ class DatasetInfo:
     class_names: tuple[str, ...] = ()
     has_one_size: bool = True
 
+    @property
+    def shown_names(self) -> tuple[str, ...]:
+        """The names of the classes, or their numbers where there are no names."""
+        return self.class_names or tuple(map(str, range(self.num_classes)))
+
 
 FASHION_MNIST_CLASSES = (
     "T-shirt/top",

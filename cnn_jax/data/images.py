@@ -78,6 +78,11 @@ def size_of(data: bytes, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
 
     Raises ImageError where it is not an image, and TooManyPixelsError for more than `max_pixels`.
     """
+    height, width = _size_as_stored(data, max_pixels)
+    return (width, height) if orientation_of(data) in SIDEWAYS else (height, width)
+
+
+def _size_as_stored(data: bytes, max_pixels: int) -> tuple[int, int]:
     with decoders():
         if data.startswith(JPEG):
             height, width = map(int, simplejpeg.decode_jpeg_header(data)[:2])
@@ -88,7 +93,7 @@ def size_of(data: bytes, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
                 width, height = image.size
     if not 0 < height * width <= max_pixels:
         raise TooManyPixelsError(f"{width} x {height} pixels: must be 1 to {max_pixels:,} in all")
-    return (width, height) if orientation_of(data) in SIDEWAYS else (height, width)
+    return height, width
 
 
 def decode(data: bytes, *, min_height: int = 0, min_width: int = 0) -> np.ndarray:
@@ -99,7 +104,7 @@ def decode(data: bytes, *, min_height: int = 0, min_width: int = 0) -> np.ndarra
 
     Raises ImageError for damage, as far as its format can tell, and for what `size_of` refuses.
     """
-    size_of(data)
+    _size_as_stored(data, MAX_PIXELS)
     orientation = orientation_of(data)
     if orientation in SIDEWAYS:
         min_height, min_width = min_width, min_height

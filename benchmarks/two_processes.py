@@ -1,17 +1,19 @@
-"""Images a second of a core: two processes of one run against two runs of one process.
+"""Images a second of a core, two cores at work: one process, two of one run, two runs.
 
-    python -m benchmarks.two_processes --network resnet18 --images 512
+    python -m benchmarks.two_processes --network resnet18 --images 32
     python -m benchmarks.two_processes --network quickstart --images 64
 
-All train on the images of `configs/quickstart.py` with one virtual CPU device and one computing
-thread a process, and the same images a step of each. Always two processes share two cores, so what
-differs is the collectives. They are not held to one core each, as the thread of Gloo, which carries
-the collectives, polls a lock while the computing thread has it, and on one core that lasts until
-the kernel's next turn, 4 ms. Rounds take turns, and each rate is the median of the reports of a run
-but its first two. It needs two quiet cores. Keeps benchmarks/results/two_processes.json.
+One process trains with one device, as `train.py` does by default, or with two; two processes with
+one device each are one run, or two that know nothing of each other. A core has the same images a
+step each time, one computing thread, and no process is held to one core: the thread of Gloo, which
+carries the collectives of two processes, polls a lock while the computing thread has it, and on one
+core that lasts until the kernel's next turn, 4 ms. Rounds take turns, and each rate is the median
+of the reports of a run but its first two. It needs two quiet cores. Keeps
+benchmarks/results/two_processes.json.
 """
 
 import argparse
+import dataclasses
 import json
 import math
 import os
@@ -39,40 +41,64 @@ CONFIGS = {
 TRAIN_IMAGES = 10_000
 
 
-def images_per_second_per_core(joined: bool, network: str, images: int, steps: int) -> float:
-    """Trains in two processes, of one run or of two; returns the median rate of one."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    batch_size = images * 2 if joined else images
-    steps_an_epoch = min(steps, TRAIN_IMAGES // batch_size)
-    command = [
-        *("taskset", "-c", "0,1", sys.executable, "train.py", *CONFIGS[network]),
-        f"--config.batch_size={batch_size}",
-        f"--config.num_epochs={math.ceil(steps / steps_an_epoch)}",
-        f"--config.data.train_split=train[:{batch_size * steps_an_epoch}]",
-        f"--config.data.test_split=test[:{batch_size}]",
-        f"--config.log.every_steps={max(1, steps_an_epoch // 8)}",
-    ]
-    environment = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
-    environment["NPROC"] = "1"  # XLA takes the number of computing threads from it
-    with tempfile.TemporaryDirectory() as name:
-        workdirs = [Path(name) / ("0" if joined else str(index)) for index in range(2)]
-        place = [f"--coordinator=127.0.0.1:{port}", "--num-processes=2"] if joined else []
-        children = []
-        for index, workdir in enumerate(workdirs):
-            own = [f"--workdir={workdir}", *([f"--process-id={index}"] if joined else [])]
-            children.append(
+@dataclasses.dataclass(frozen=True)
+class Way:
+    """How two cores train."""
+
+    runs: int
+    processes: int
+    devices: int
+
+    def images_per_second_per_core(self, network: str, images: int, steps: int) -> float:
+        """Trains with so many images a core and step; returns the median rate of a core."""
+        batch_size = images * 2 // self.runs
+        steps_an_epoch = min(steps, TRAIN_IMAGES // batch_size)
+        command = [
+            *("taskset", "-c", "0,1", sys.executable, "train.py", *CONFIGS[network]),
+            f"--config.batch_size={batch_size}",
+            f"--config.num_epochs={math.ceil(steps / steps_an_epoch)}",
+            f"--config.data.train_split=train[:{batch_size * steps_an_epoch}]",
+            f"--config.data.test_split=test[:{batch_size}]",
+            f"--config.log.every_steps={max(1, steps_an_epoch // 8)}",
+        ]
+        environment = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(self.devices)}
+        # XLA takes the number of computing threads from it.
+        environment["NPROC"] = str(2 // (self.runs * self.processes))
+        with tempfile.TemporaryDirectory() as name:
+            workdirs = [Path(name) / str(index) for index in range(self.runs)]
+            children = [
                 subprocess.Popen(
-                    [*command, *place, *own],
+                    [*command, f"--workdir={workdir}", *place],
                     cwd=ROOT,
                     env=os.environ | environment,
                     stdout=subprocess.DEVNULL,
                 )
-            )
-        if any(code for code in [child.wait() for child in children]):
-            raise SystemExit("a run has failed")
-        return statistics.mean(_rate(each) for each in workdirs) / (2 if joined else 1)
+                for workdir in workdirs
+                for place in _places(self.processes)
+            ]
+            codes = [child.wait() for child in children]
+            if any(codes):
+                raise SystemExit(f"a run has failed: {codes}")
+            return sum(map(_rate, workdirs)) / 2
+
+
+WAYS = {
+    "one process": Way(runs=1, processes=1, devices=1),
+    "one process, two devices": Way(runs=1, processes=1, devices=2),
+    "two processes": Way(runs=1, processes=2, devices=1),
+    "two runs": Way(runs=2, processes=1, devices=1),
+}
+
+
+def _places(processes: int) -> list[list[str]]:
+    """Returns what each process of a run is told of the others."""
+    if processes == 1:
+        return [[]]
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    of_all = [f"--coordinator=127.0.0.1:{port}", f"--num-processes={processes}"]
+    return [[*of_all, f"--process-id={index}"] for index in range(processes)]
 
 
 def _rate(workdir: Path) -> float:
@@ -84,25 +110,24 @@ def _rate(workdir: Path) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--network", choices=CONFIGS, default="resnet18")
-    parser.add_argument("--images", type=int, default=512, help="a step of each process")
-    parser.add_argument("--steps", type=int, default=16)
+    parser.add_argument("--images", type=int, default=32, help="a step of each core")
+    parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
-    rates: dict[str, list[float]] = {"alone": [], "joined": []}
+    rates: dict[str, list[float]] = {name: [] for name in WAYS}
     for _ in range(options.rounds):
-        for way, each in rates.items():
-            each.append(
-                images_per_second_per_core(
-                    way == "joined", options.network, options.images, options.steps
-                )
-            )
-            print(f"{way}: {each[-1]:,.1f} images/s a core", flush=True)
-    share = statistics.median(rates["joined"]) / statistics.median(rates["alone"])
-    print(f"two processes keep {share:.1%} of the rate of one")
+        for name, way in WAYS.items():
+            rate = way.images_per_second_per_core(options.network, options.images, options.steps)
+            rates[name].append(rate)
+            print(f"{name}: {rate:,.1f} images/s a core", flush=True)
+    medians = {name: statistics.median(each) for name, each in rates.items()}
+    shares = {name: medians["two processes"] / rate for name, rate in medians.items()}
+    for name, share in shares.items():
+        print(f"two processes keep {share:.1%} of the rate of {name}")
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    results[f"{options.network}, {options.images} images a process"] = {
+    results[f"{options.network}, {options.images} images a core"] = {
         "images_per_second_per_core": rates,
-        "share": share,
+        "shares": shares,
         "steps": options.steps,
         "load": os.getloadavg(),
         "versions": versions(),

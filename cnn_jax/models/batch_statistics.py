@@ -6,6 +6,7 @@ two sums, which one pass over activation and cotangent gives, and then one more 
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,6 +16,7 @@ from jax import lax
 from cnn_jax.typing import Array
 
 Normalized = tuple[jax.Array, jax.Array, jax.Array]
+Sums = Callable[[Any, Any], tuple[jax.Array, jax.Array]]
 
 
 def normalize(
@@ -45,13 +47,17 @@ def _normalize(
 def _forward(
     x: Any, scale: Any, bias: Any, epsilon: float, rectify: bool, dtype: Any
 ) -> tuple[Normalized, tuple[Any, ...]]:
-    exact = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    count = x.size // x.shape[-1]
-    mean, square = (each / count for each in _sums(exact, jnp.square(exact)))
-    var = jnp.maximum(square - jnp.square(mean), 0)
-    y = _affine(x, mean, lax.rsqrt(var + epsilon) * scale, bias).astype(dtype)
+    y, mean, var = _formula(x, scale, bias, epsilon, dtype, _sums)
     y = jnp.maximum(y, 0) if rectify else y
     return (y, mean, var), (x, scale, bias, mean, var)
+
+
+def _formula(x: Any, scale: Any, bias: Any, epsilon: float, dtype: Any, sums: Sums) -> Normalized:
+    exact = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    count = x.size // x.shape[-1]
+    mean, square = (each / count for each in sums(exact, jnp.square(exact)))
+    var = jnp.maximum(square - jnp.square(mean), 0)
+    return _affine(x, mean, lax.rsqrt(var + epsilon) * scale, bias).astype(dtype), mean, var
 
 
 def _backward(
@@ -73,7 +79,7 @@ def _derived(
     """JAX's own, which the compiler for TPUs fuses well: the forward pass stands there once."""
 
     def formula(x: Any, scale: Any, bias: Any) -> Normalized:
-        y, mean, var = _forward(x, scale, bias, epsilon, False, dtype)[0]
+        y, mean, var = _formula(x, scale, bias, epsilon, dtype, _apart)
         return jax.nn.relu(y) if rectify else y, mean, var
 
     found: Any = jax.vjp(formula, *saved[:3])[1](cotangents)

@@ -107,9 +107,10 @@ def test_branches_of_equal_shape_are_traced_once(monkeypatch):
     monkeypatch.setattr(batch_statistics, "_apart", counted)
 
     def loss(x, scale):
-        for _ in range(3):
+        for _ in range(5):
             x, _, _ = ours(x, scale, scale, True)
         return x.sum()
 
     jax.eval_shape(jax.grad(loss), jnp.ones((2, 5, 7, 3)), jnp.ones(3))
-    assert traced in ([(2, 5, 7, 3)], 2 * [(2, 5, 7, 3)]), "forwards, and perhaps backwards"
+    assert set(traced) == {(2, 5, 7, 3)}
+    assert len(traced) <= 3, "forwards, and the two forms backwards; not for each of five norms"

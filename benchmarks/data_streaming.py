@@ -53,7 +53,7 @@ def write_images(root: Path, count: int) -> None:
 def bare(files: list[bytes], decoder: str) -> None:
     """Decodes, crops and resizes every file, with nothing around it.
 
-    simplejpeg decodes, as this package does, at the least size that libjpeg has for the crop.
+    simplejpeg decodes, as this package does, at a half where the crop is twice its target or more.
     """
     out = np.empty((SIZE, SIZE, 3), np.uint8)
     for index, data in enumerate(files):
@@ -65,7 +65,8 @@ def bare(files: list[bytes], decoder: str) -> None:
                 out[:] = np.asarray(part.resize((SIZE, SIZE), Image.Resampling.BILINEAR))
             continue
         if decoder == "simplejpeg":
-            least = (min(375, SIZE * 375 // box.height), min(500, SIZE * 500 // box.width))
+            halves = min(box.height, box.width) >= 2 * SIZE
+            least = (188, 250) if halves else (0, 0)
             pixels = simplejpeg.decode_jpeg(data, min_height=least[0], min_width=least[1])
         else:
             pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)

@@ -75,7 +75,7 @@ def read_bytes(name: str) -> bytes:
     Raises OSError, and RuntimeError where the storage does not answer: no damage of that object.
     """
     if "://" not in name:
-        with open(name, "rb") as file:
+        with open(name, "rb", buffering=0) as file:  # whole: a buffer would cost, and help nothing
             return file.read()
     files, path = _file_system(name)
     try:

@@ -76,7 +76,7 @@ class ImageFiles:
         return len(self.paths)
 
     def name(self, index: int) -> str:
-        return str(self.root / self.paths[index])
+        return f"{self.root}/{self.paths[index]}"
 
     def read(self, index: int) -> tuple[bytes, int]:
         return read_bytes(self.name(index)), int(self.labels[index])

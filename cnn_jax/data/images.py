@@ -73,19 +73,34 @@ BoxOf = Callable[[int, int], Box]
 """Returns the part to take of an image of this height and width."""
 
 
+class _Head(NamedTuple):
+    """What the head of an encoded image says of it, as it is stored."""
+
+    height: int
+    width: int
+    orientation: int
+    by_libjpeg: bool
+
+    def seen(self, height: int, width: int) -> tuple[int, int]:
+        """Returns a height and a width of the stored image as those of the turned, or back."""
+        return (width, height) if self.orientation in SIDEWAYS else (height, width)
+
+
 def size_of(data: bytes, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
     """Returns the height and width that the header of an encoded image claims, once it is turned.
 
     Raises ImageError where it is not an image, and TooManyPixelsError for more than `max_pixels`.
     """
-    height, width = _size_as_stored(data, max_pixels)
-    return (width, height) if orientation_of(data) in SIDEWAYS else (height, width)
+    head = _head(data, max_pixels)
+    return head.seen(head.height, head.width)
 
 
-def _size_as_stored(data: bytes, max_pixels: int) -> tuple[int, int]:
+def _head(data: bytes, max_pixels: int = MAX_PIXELS) -> _Head:
+    by_libjpeg = False
     with decoders():
         if data.startswith(JPEG):
-            height, width = map(int, simplejpeg.decode_jpeg_header(data)[:2])
+            told = simplejpeg.decode_jpeg_header(data)
+            height, width, by_libjpeg = int(told[0]), int(told[1]), told[2] in _BY_LIBJPEG
         elif data.startswith(PNG):
             width, height = (int.from_bytes(data[at : at + 4], "big") for at in (16, 20))
         else:
@@ -93,30 +108,42 @@ def _size_as_stored(data: bytes, max_pixels: int) -> tuple[int, int]:
                 width, height = image.size
     if not 0 < height * width <= max_pixels:
         raise TooManyPixelsError(f"{width} x {height} pixels: must be 1 to {max_pixels:,} in all")
-    return height, width
+    return _Head(height, width, orientation_of(data), by_libjpeg)
 
 
-def decode(data: bytes, *, min_height: int = 0, min_width: int = 0) -> np.ndarray:
+def decode(data: bytes) -> np.ndarray:
     """Returns the pixels, uint8 [h w 3].
-
-    A JPEG may come at a half, a quarter or an eighth of its size, down to the given least height
-    and width; 0 is its full size.
 
     Raises ImageError for damage, as far as its format can tell, and for what `size_of` refuses.
     """
-    _size_as_stored(data, MAX_PIXELS)
-    orientation = orientation_of(data)
-    if orientation in SIDEWAYS:
-        min_height, min_width = min_width, min_height
+    return _decode(data, _head(data), (0, 0))
+
+
+def _decode(data: bytes, head: _Head, least: tuple[int, int]) -> np.ndarray:
+    """Returns the pixels, of a JPEG at a size of `_reduced` if `least`, as turned, allows."""
     with decoders():
-        if data.startswith(JPEG) and simplejpeg.decode_jpeg_header(data)[2] in _BY_LIBJPEG:
-            pixels = simplejpeg.decode_jpeg(data, "RGB", min_height=min_height, min_width=min_width)
+        if head.by_libjpeg:
+            height, width = _reduced(head, head.seen(*least))
+            pixels = simplejpeg.decode_jpeg(data, "RGB", min_height=height, min_width=width)
         else:
             data = _pixels_of_png(data) if data.startswith(PNG) else data
             pixels = cv2.imdecode(np.frombuffer(data, np.uint8), _AS_RGB)
     if pixels is None:
         raise ImageError("damaged, cut short, or of a kind that cannot be read")
-    return turned(pixels, orientation)
+    return turned(pixels, head.orientation)
+
+
+def _reduced(head: _Head, least: tuple[int, int]) -> tuple[int, int]:
+    """Returns an eighth, a quarter or a half of the size, down to the least; (0, 0) is all of it.
+
+    libjpeg has every eighth, but 3, 5, 6 and 7 of them take longer than 8: its fast transforms are
+    those of 1, 2, 4 and 8.
+    """
+    for divisor in (8, 4, 2):
+        height, width = -(-head.height // divisor), -(-head.width // divisor)
+        if height >= least[0] > 0 and width >= least[1] > 0:
+            return height, width
+    return 0, 0
 
 
 def _pixels_of_png(data: bytes) -> bytes:
@@ -143,13 +170,14 @@ def crop(data: bytes, box_of: BoxOf, out: np.ndarray) -> None:
 
     Raises what `decode` raises.
     """
-    height, width = size_of(data)
+    head = _head(data)
+    height, width = head.seen(head.height, head.width)
     box = box_of(height, width)
-    pixels = decode(
-        data,
-        min_height=min(height, math.ceil(out.shape[0] * height / box.height)),
-        min_width=min(width, math.ceil(out.shape[1] * width / box.width)),
+    least = (
+        math.ceil(out.shape[0] * height / box.height),
+        math.ceil(out.shape[1] * width / box.width),
     )
+    pixels = _decode(data, head, least)
     if out.shape[-1] == 1:
         pixels = cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY)
     down, across = pixels.shape[0] / height, pixels.shape[1] / width

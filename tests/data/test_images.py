@@ -11,6 +11,7 @@ import pytest
 import simplejpeg
 from PIL import Image, ImageOps, features
 
+from cnn_jax.data import images
 from cnn_jax.data.images import (
     MAX_PIXELS,
     Box,
@@ -193,6 +194,16 @@ def test_crop_of_the_same_size_is_a_copy():
     out = np.empty((20, 30, 3), np.uint8)
     crop(encoded(pixels, "PNG"), lambda h, w: Box(11, 23, 20, 30), out)
     np.testing.assert_array_equal(out, pixels[11:31, 23:53])
+
+
+@pytest.mark.parametrize(
+    ("least", "size"),
+    [((300, 400), (0, 0)), ((188, 251), (0, 0)), ((188, 250), (188, 250)), ((95, 60), (188, 250))]
+    + [((94, 125), (94, 125)), ((1, 63), (47, 63)), ((0, 10), (0, 0))],
+)
+def test_a_jpeg_is_decoded_at_halves_alone(least, size):
+    """Any other eighth takes libjpeg longer than the whole image; (0, 0) stands for that."""
+    assert images._reduced(images._Head(375, 500, 1, True), least) == size
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])

@@ -54,13 +54,13 @@ def folder(tmp_path):
 def test_a_slow_decoder_is_found(folder, monkeypatch):
     from cnn_jax.data import images
 
-    decode = images.decode
+    decode = images._decode
 
     def slow(*arguments, **keywords):
         time.sleep(0.05)
         return decode(*arguments, **keywords)
 
-    monkeypatch.setattr(images, "decode", slow)
+    monkeypatch.setattr(images, "_decode", slow)
     stages = Stages()
     source = open_source("folder", "train", source_dir=str(folder), stages=stages)
     for _ in train_batches(

@@ -198,8 +198,15 @@ def test_crop_of_the_same_size_is_a_copy():
 
 @pytest.mark.parametrize(
     ("least", "size"),
-    [((300, 400), (0, 0)), ((188, 251), (0, 0)), ((188, 250), (188, 250)), ((95, 60), (188, 250))]
-    + [((94, 125), (94, 125)), ((1, 63), (47, 63)), ((0, 10), (0, 0))],
+    [
+        ((300, 400), (0, 0)),
+        ((188, 251), (0, 0)),
+        ((188, 250), (188, 250)),
+        ((95, 60), (188, 250)),
+        ((94, 125), (94, 125)),
+        ((1, 63), (47, 63)),
+        ((0, 10), (0, 0)),
+    ],
 )
 def test_a_jpeg_is_decoded_at_halves_alone(least, size):
     """Any other eighth takes libjpeg longer than the whole image; (0, 0) stands for that."""

@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -31,7 +32,6 @@ from cnn_jax.data.pipeline import train_batches
 from cnn_jax.data.sources import Crops, MemorySource, Source, open_source
 
 SIZE = 224
-CORES = os.sched_getaffinity(0)
 RESULTS = Path(__file__).parent / "results" / "data_streaming.json"
 
 
@@ -53,7 +53,7 @@ def write_images(root: Path, count: int) -> None:
 def bare(files: list[bytes], decoder: str) -> None:
     """Decodes, crops and resizes every file, with nothing around it.
 
-    simplejpeg decodes, as this package does, at a half where the crop is twice its target or more.
+    In full, as this package does here: no crop of 375 rows is twice its target.
     """
     out = np.empty((SIZE, SIZE, 3), np.uint8)
     for index, data in enumerate(files):
@@ -65,14 +65,10 @@ def bare(files: list[bytes], decoder: str) -> None:
                 out[:] = np.asarray(part.resize((SIZE, SIZE), Image.Resampling.BILINEAR))
             continue
         if decoder == "simplejpeg":
-            halves = min(box.height, box.width) >= 2 * SIZE
-            least = (188, 250) if halves else (0, 0)
-            pixels = simplejpeg.decode_jpeg(data, min_height=least[0], min_width=least[1])
+            pixels = simplejpeg.decode_jpeg(data)
         else:
             pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
-        scale = pixels.shape[0] / 375
-        top, left, height, width = (int(scale * side) for side in box)
-        part = pixels[top : top + height, left : left + width]
+        part = pixels[box.top : box.top + box.height, box.left : box.left + box.width]
         cv2.resize(part, (SIZE, SIZE), dst=out, interpolation=cv2.INTER_LINEAR)
 
 
@@ -114,31 +110,35 @@ def torch_loader(root: Path, *, batch_size: int, workers: int) -> Callable[[], N
     return run
 
 
+class Way(NamedTuple):
+    """What is timed, the images it makes, and how many cores it has."""
+
+    run: Callable[[], None]
+    images: int
+    cores: int = 1
+
+
 @contextlib.contextmanager
-def held_to(cores: set[int]) -> Iterator[None]:
-    """Keeps this thread, and those that it starts, on some of its cores; Linux alone can."""
+def held_to(cores: int) -> Iterator[None]:
+    """Keeps this thread, and those that it starts, on so many of its cores; Linux alone can."""
     before = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, cores)
+    os.sched_setaffinity(0, sorted(before)[:cores])
     try:
         yield
     finally:
         os.sched_setaffinity(0, before)
 
 
-def measure(ways: dict[str, tuple[Callable[[], None], int]], repeats: int) -> dict[str, float]:
-    """Returns the median images a second of each way, all taken in turn after one warm-up.
-
-    Only what has two threads, or processes of its own, gets more than one core.
-    """
+def measure(ways: dict[str, Way], repeats: int) -> dict[str, float]:
+    """Returns the median images a second of each way, all taken in turn after one warm-up."""
     rates: dict[str, list[float]] = {name: [] for name in ways}
     for repeat in range(repeats + 1):
-        for name, (run, count) in ways.items():
-            several = "2 threads" in name or "workers" in name
-            with held_to(CORES if several else {min(CORES)}):
+        for name, way in ways.items():
+            with held_to(way.cores):
                 start = time.perf_counter()
-                run()
+                way.run()
             if repeat:
-                rates[name].append(count / (time.perf_counter() - start))
+                rates[name].append(way.images / (time.perf_counter() - start))
     return {name: statistics.median(each) for name, each in rates.items()}
 
 
@@ -158,19 +158,20 @@ def main() -> None:
         files = [path.read_bytes() for path in sorted(root.rglob("*.jpg"))]
         steps = count // size
         ways = {
-            f"bare, {decoder}": (lambda decoder=decoder: bare(files, decoder), count)
+            f"bare, {decoder}": Way(lambda decoder=decoder: bare(files, decoder), count)
             for decoder in ("simplejpeg", "opencv", "pillow")
         }
         for threads in (1, 2):
-            ways[f"streamed, {threads} thread{'s' * (threads > 1)}"] = (
+            ways[f"streamed, {threads} thread{'s' * (threads > 1)}"] = Way(
                 lambda threads=threads: streamed(
                     source, batch_size=size, steps=steps, threads=threads
                 ),
                 count,
+                cores=threads,
             )
         for workers in (0, 1, 2):
             if run := torch_loader(root, batch_size=size, workers=workers):
-                ways[f"torch, {workers} workers"] = (run, count)
+                ways[f"torch, {workers} workers"] = Way(run, count, cores=2)
         rates = measure(ways, options.repeats)
 
     info = DATASETS["fashion_mnist"]
@@ -179,7 +180,7 @@ def main() -> None:
     )
     small_steps = 60_000 * 10 // 256
     records = {
-        "28 x 28 from memory, 1 thread": (
+        "28 x 28 from memory, 1 thread": Way(
             lambda: streamed(small, batch_size=256, steps=small_steps, threads=1),
             small_steps * 256,
         )

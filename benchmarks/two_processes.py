@@ -121,7 +121,8 @@ def main() -> None:
             rates[name].append(rate)
             print(f"{name}: {rate:,.1f} images/s a core", flush=True)
     medians = {name: statistics.median(each) for name, each in rates.items()}
-    shares = {name: medians["two processes"] / rate for name, rate in medians.items()}
+    joined = medians.pop("two processes")
+    shares = {name: joined / rate for name, rate in medians.items()}
     for name, share in shares.items():
         print(f"two processes keep {share:.1%} of the rate of {name}")
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}

@@ -209,7 +209,7 @@ def test_crop_of_the_same_size_is_a_copy():
     ],
 )
 def test_a_jpeg_is_decoded_at_halves_alone(least, size):
-    """Any other eighth takes libjpeg longer than the whole image; (0, 0) stands for that."""
+    """Other eighths take libjpeg longer than the next of these; (0, 0) stands for the full size."""
     assert images._reduced(images._Head(375, 500, 1, True), least) == size
 
 

@@ -24,7 +24,7 @@ def get_config() -> Any:  # a ConfigDict, whose attributes a type checker cannot
     config.seed = 0  # decides the first weights, the order of the images and their augmentation
     config.batch_size = 128  # images in a training step, over all devices together
     config.accumulate_steps = 1  # micro-batches of a training step, one after the other
-    config.steps_per_call = 0  # steps that a resident set takes at once; 0: 10, on CPUs 1
+    config.steps_per_call = 0  # steps that a resident set takes at once; 0: 10 on TPUs, else 1
     config.remat = "none"  # what is computed again in the backward pass: none, block or stage
     config.num_epochs = 10  # passes over the training images
     config.precision = "float32"  # of the computation: float32 or bfloat16; weights are float32

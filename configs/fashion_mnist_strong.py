@@ -6,9 +6,10 @@ Random shifts, erasing, label smoothing and averaged weights; what is reported i
 image and its mirror image. The data come as for configs/fashion_mnist.py.
 
 Hardware: made for one accelerator; on 2 CPU cores it takes hours
-Time: not measured
-Test accuracy: not measured. It aims at 95 % or more, `test/accuracy_ema` of the last epoch; Zhong
-    et al. (2017, 1708.04896) have 96.35 % for Wide ResNet-28-10 with random erasing.
+Time: 2:27 for 32.6 epochs on one NVIDIA H200 (jax 0.11.2), where its time there ended
+Test accuracy: not measured to the end. It aims at 95 % or more, `test/accuracy_ema` of the last
+    epoch; that one run (seed 0) had 94.93 % at epoch 32. Zhong et al. (2017, 1708.04896) have
+    96.35 % for Wide ResNet-28-10 with random erasing.
 """
 
 from configs import fashion_mnist

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import itertools
 import threading
+import types
 from pathlib import Path
 
 import jax
@@ -19,7 +20,7 @@ from cnn_jax.data.sources import ImageSource, MemorySource, open_source
 from cnn_jax.feeding import make_feeding
 from cnn_jax.plan import make_plan, source_options
 from cnn_jax.runtime.compiler import compile_program
-from cnn_jax.runtime.residency import CPU_BYTES, fits
+from cnn_jax.runtime.residency import CPU_BYTES, fits, steps_per_call
 from cnn_jax.runtime.sharding import make_mesh
 from cnn_jax.training.resident import resident, rows_of
 from cnn_jax.training.state import TrainState
@@ -182,6 +183,16 @@ def test_on_cpus_all_copies_together_are_bounded(devices, number, fitting):
     mesh = make_mesh(devices=jax.devices()[:devices])
     assert fits(number * CPU_BYTES, mesh) == bool(fitting)
     assert fits(CPU_BYTES // 8, mesh)
+
+
+@pytest.mark.parametrize(
+    ("platform", "asked", "at_most", "expected"),
+    [("cpu", 0, 10, 1), ("gpu", 0, 10, 1), ("tpu", 0, 10, 10), ("tpu", 0, 4, 4), ("gpu", 7, 10, 7)],
+)
+def test_the_steps_of_a_call_by_platform(platform, asked, at_most, expected):
+    devices = np.array([types.SimpleNamespace(platform=platform)])
+    mesh = types.SimpleNamespace(devices=devices)
+    assert steps_per_call(asked, mesh, at_most=at_most) == expected
 
 
 def test_the_plan_says_how_images_come():

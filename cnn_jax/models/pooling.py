@@ -1,6 +1,7 @@
 """Pooling: windows of a feature map, and the whole of it."""
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
@@ -16,6 +17,9 @@ from cnn_jax.typing import Array, FeatureMap
 Pair: TypeAlias = tuple[int, int]
 """(height, width)."""
 
+Places: TypeAlias = Callable[[Any, Pair, Pair, tuple[Pair, Pair], float], list[jax.Array]]
+"""A way to say, for each place in a window, which pixels stand there: `places_of_slices`."""
+
 
 def max_pool(
     x: FeatureMap, *, window: Size, strides: Size, padding: Size = 0, ceil_mode: bool = False
@@ -29,11 +33,17 @@ def max_pool(
     def pool(x: Any) -> Any:
         return _windows(x, -jnp.inf, jax.lax.max, pair(window), pair(strides), sides)
 
-    def remembering(x: Any) -> Any:
-        return _max_pool(x, pair(window), pair(strides), tuple(sides))
+    def remembering(x: Any, places: Places) -> Any:
+        return _max_pool(x, pair(window), pair(strides), tuple(sides), places)
 
-    # A TPU scatters quickly, and has to move what is shifted by a pixel.
-    return jax.lax.platform_dependent(x, tpu=pool, default=remembering)
+    # A TPU scatters quickly, and has to move what is shifted by a pixel. XLA's CPU compiler (jaxlib
+    # 0.10.2) computes wrong gradients of GoogLeNet with the image in parts.
+    return jax.lax.platform_dependent(
+        x,
+        tpu=pool,
+        cuda=functools.partial(remembering, places=places_of_parts),
+        default=functools.partial(remembering, places=places_of_slices),
+    )
 
 
 def _windows(
@@ -46,8 +56,10 @@ def _windows(
     )
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2, 3))
-def _max_pool(x: Array, window: Pair, strides: Pair, sides: tuple[Pair, Pair]) -> jax.Array:
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2, 3, 4))
+def _max_pool(
+    x: Array, window: Pair, strides: Pair, sides: tuple[Pair, Pair], places: Places
+) -> jax.Array:
     """Returns the largest value of each window; its gradient goes to the first that reaches it.
 
     XLA scatters the gradient into windows one by one. The rule below remembers which pixel of its
@@ -59,23 +71,28 @@ def _max_pool(x: Array, window: Pair, strides: Pair, sides: tuple[Pair, Pair]) -
 
 @_max_pool.defjvp
 def _max_pool_jvp(
-    window: Pair, strides: Pair, sides: tuple[Pair, Pair], primals: Any, tangents: Any
+    window: Pair,
+    strides: Pair,
+    sides: tuple[Pair, Pair],
+    places: Places,
+    primals: Any,
+    tangents: Any,
 ) -> tuple[jax.Array, jax.Array]:
     (x,), (tangent,) = primals, tangents
-    views = _places(x, window, strides, sides, fill=-jnp.inf)
+    views = places(x, window, strides, sides, -jnp.inf)
     number_dtype = jnp.int8 if len(views) <= jnp.iinfo(jnp.int8).max else jnp.int32
     largest, place = views[0], jnp.zeros(views[0].shape, number_dtype)
     for number, view in enumerate(views[1:], start=1):
         place = jnp.where(view > largest, jnp.asarray(number, number_dtype), place)
         largest = jnp.maximum(largest, view)
     largest, place = anew(largest, place)
-    tangents = _places(tangent, window, strides, sides, fill=0.0)
+    tangents = places(tangent, window, strides, sides, 0.0)
     chosen = [jnp.where(place == number, view, 0) for number, view in enumerate(tangents)]
     return largest, functools.reduce(jax.lax.add, chosen)
 
 
-def _places(
-    x: Array, window: Pair, strides: Pair, sides: tuple[Pair, Pair], *, fill: float
+def places_of_slices(
+    x: Array, window: Pair, strides: Pair, sides: tuple[Pair, Pair], fill: float
 ) -> list[jax.Array]:
     """Returns for each place in a window, row by row, the pixels that stand there, [b h' w' c]."""
     padded = jnp.pad(x, ((0, 0), *sides, (0, 0)), constant_values=fill)
@@ -95,6 +112,44 @@ def _places(
         for row in range(window[0])
         for column in range(window[1])
     ]
+
+
+def places_of_parts(
+    x: Array, window: Pair, strides: Pair, sides: tuple[Pair, Pair], fill: float
+) -> list[jax.Array]:
+    """Returns what `places_of_slices` does, of an image that is first split into parts.
+
+    A part has the pixels of one remainder of row and column after division by the strides. What
+    places send back is then added up in each part and the parts put side by side; of what strided
+    slices send back, every pixel would ask whether it is meant.
+    """
+    (batch, *size, channels), filling = x.shape, jnp.asarray(fill, x.dtype)
+    blocks = [-(-size[i] // strides[i]) for i in (0, 1)]
+    outputs = [(sum(sides[i]) + size[i] - window[i]) // strides[i] + 1 for i in (0, 1)]
+
+    def padded(x: Any, edges: list[Pair]) -> Any:
+        return jax.lax.pad(x, filling, [(0, 0, 0), *((*edge, 0) for edge in edges), (0, 0, 0)])
+
+    whole = padded(x, [(0, blocks[i] * strides[i] - size[i]) for i in (0, 1)])
+    whole = whole.reshape(batch, blocks[0], strides[0], blocks[1], strides[1], channels)
+    parts = [
+        [
+            part.reshape(batch, *blocks, channels)
+            for part in jax.lax.split(rows, (1,) * strides[1], axis=4)
+        ]
+        for rows in jax.lax.split(whole, (1,) * strides[0], axis=2)
+    ]
+
+    def pixels(*place: int) -> Any:
+        part: Any = parts
+        edges = []
+        for i in (0, 1):
+            block, remainder = divmod(place[i] - sides[i][0], strides[i])
+            edges.append((-block, block + outputs[i] - blocks[i]))
+            part = part[remainder]
+        return padded(part, edges)
+
+    return [pixels(*place) for place in itertools.product(*map(range, window))]
 
 
 def average_pool(

@@ -20,7 +20,7 @@ CPU_BYTES = 256 * 2**20
 """Likewise of this machine's memory, where CPUs are the devices: for all copies together."""
 
 STEPS_PER_CALL = 10
-"""Of a resident set on an accelerator, where to start a program costs what a small step does."""
+"""Of a resident set on a TPU, where to start a program costs what a small step does."""
 
 
 def fits(num_bytes: int, mesh: Mesh) -> bool:
@@ -36,12 +36,13 @@ def steps_per_call(asked: int, mesh: Mesh, *, at_most: int) -> int:
     """Returns the steps that a resident set takes in a call; `asked` is 0 for a choice by platform.
 
     On CPUs it is one: XLA's CPU compiler (jaxlib 0.10.2) brings a gradient's convolutions into the
-    form that its fast kernels take only outside of loops, and inside takes 20 times as long.
+    form that its fast kernels take only outside of loops, and inside takes 20 times as long. On
+    GPUs too: XLA launches the kernels of a loop one by one, those outside as CUDA graphs.
     """
     if asked:
         return asked
-    on_cpu = mesh.devices.flat[0].platform == "cpu"
-    return 1 if on_cpu else max(1, min(STEPS_PER_CALL, at_most))
+    on_tpu = mesh.devices.flat[0].platform == "tpu"
+    return max(1, min(STEPS_PER_CALL, at_most)) if on_tpu else 1
 
 
 def _memory(device: Any) -> int | None:

@@ -167,6 +167,42 @@ def test_the_gradient_of_max_pool_goes_to_the_first_maximum(window, strides, pad
     np.testing.assert_array_equal(pooled, pool(x))
 
 
+@pytest.mark.parametrize(
+    ("window", "strides", "sides"),
+    [
+        ((3, 3), (2, 2), ((1, 1), (1, 1))),
+        ((2, 3), (1, 2), ((0, 0), (0, 1))),
+        ((3, 3), (1, 1), ((1, 1), (1, 1))),
+        ((2, 2), (3, 3), ((0, 0), (1, 0))),  # some pixels stand nowhere
+        ((5, 4), (2, 3), ((2, 1), (2, 2))),
+    ],
+)
+def test_an_image_in_parts_has_the_same_places(window, strides, sides):
+    """And they send back the same: each form's sum, weighted by place and output."""
+    x = RNG.normal(size=(2, 7, 6, 3))
+
+    def seen(places, x):
+        return jnp.stack(places(x, window, strides, sides, -1.0))
+
+    with jax.enable_x64(True):
+        views, pull_back = jax.vjp(functools.partial(seen, pooling.places_of_slices), x)
+        of_parts, pull_back_parts = jax.vjp(functools.partial(seen, pooling.places_of_parts), x)
+        cotangent = jnp.asarray(RNG.normal(size=views.shape))
+        gradient, of_parts_back = pull_back(cotangent)[0], pull_back_parts(cotangent)[0]
+    np.testing.assert_array_equal(of_parts, views)
+    np.testing.assert_allclose(of_parts_back, gradient, rtol=1e-12, atol=1e-12)
+
+
+def test_only_a_gpu_takes_the_image_in_parts():
+    def loss(x):
+        return jnp.sum(pooling.max_pool(x, window=3, strides=2, padding=1))
+
+    traced = jax.jit(jax.grad(loss)).trace(np.zeros((2, 8, 8, 3), np.float32))
+    for platform, strided in {"cpu": True, "cuda": False, "tpu": False}.items():
+        text = traced.lower(lowering_platforms=(platform,)).as_text()
+        assert ("0:7:2, 0:7:2" in text) == strided, text
+
+
 def test_a_window_of_more_pixels_than_a_byte_counts():
     x = np.zeros((1, 12, 12, 1), np.float32)
     x[0, 11, 11] = 1

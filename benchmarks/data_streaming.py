@@ -5,11 +5,13 @@
 JPEGs of 500 x 375, quality 90, become random resized crops of 224; small records of 28 x 28 come
 from memory. Every way does the same work in turn, several times; the median is printed, and all of
 it with versions goes to benchmarks/results/data_streaming.json. A way of one thread is held to one
-core, so that nothing beside it helps. torchvision is compared where it is installed.
+core, so that nothing beside it helps. torchvision, where it is installed, has as many worker
+processes as this package has threads, but for none where that is one.
 """
 
 import argparse
 import contextlib
+import importlib.metadata
 import io
 import json
 import os
@@ -82,13 +84,21 @@ def streamed(source: Source, *, batch_size: int, steps: int, threads: int) -> No
             pass
 
 
-def torch_loader(root: Path, *, batch_size: int, workers: int) -> Callable[[], None] | None:
-    """Returns a pass through the usual pipeline of torchvision, its workers kept; None without."""
-    try:
-        import torch
-        from torchvision import datasets, transforms
-    except (ImportError, RuntimeError):
-        return None
+def torch_loader(root: Path, *, batch_size: int, workers: int) -> Callable[[], None]:
+    """Returns a pass through the usual pipeline of torchvision, its workers kept.
+
+    Raises ImportError where torch or torchvision is missing.
+    """
+    import torch
+
+    # PyPI's torchvision is compiled for CUDA's torch. Beside the CPU's it looks for two operators
+    # that could not be loaded then, and that nothing here calls.
+    operators = torch.library.Library("torchvision", "FRAGMENT")
+    for name in ("nms", "qnms"):
+        if not hasattr(torch.ops.torchvision, name):
+            operators.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    from torchvision import datasets, transforms
+
     torch.set_num_threads(1)
     images = datasets.ImageFolder(
         root / "train",
@@ -169,9 +179,10 @@ def main() -> None:
                 count,
                 cores=threads,
             )
-        for workers in (0, 1, 2):
-            if run := torch_loader(root, batch_size=size, workers=workers):
-                ways[f"torch, {workers} workers"] = Way(run, count, cores=2)
+        with contextlib.suppress(ImportError):
+            for workers, cores in ((0, 1), (2, 2)):
+                run = torch_loader(root, batch_size=size, workers=workers)
+                ways[f"torch, {workers} workers"] = Way(run, count, cores)
         rates = measure(ways, options.repeats)
 
     info = DATASETS["fashion_mnist"]
@@ -190,6 +201,11 @@ def main() -> None:
         "one thread against bare": rates["streamed, 1 thread"] / rates["bare, simplejpeg"],
         "two threads against one": rates["streamed, 2 threads"] / rates["streamed, 1 thread"],
     }
+    if "torch, 2 workers" in rates:
+        ratios |= {
+            "one thread against torch": rates["streamed, 1 thread"] / rates["torch, 0 workers"],
+            "two against torch": rates["streamed, 2 threads"] / rates["torch, 2 workers"],
+        }
     for name, rate in rates.items():
         print(f"{name:<34}{rate:>12,.0f} images/s")
     for name, ratio in ratios.items():
@@ -199,8 +215,12 @@ def main() -> None:
         "ratios": ratios,
         "images": count,
         "machine": platform.processor() or platform.machine(),
-        "versions": {"python": platform.python_version(), "opencv": cv2.__version__}
-        | {"simplejpeg": simplejpeg.__version__, "numpy": np.__version__},
+        "versions": {"python": platform.python_version()}
+        | {
+            package: importlib.metadata.version(package)
+            for package in ("opencv-python-headless", "simplejpeg", "pillow", "numpy")
+            + (("torch", "torchvision") if "torch, 2 workers" in rates else ())
+        },
     }
     options.output.write_text(json.dumps(result, indent=2) + "\n")
 

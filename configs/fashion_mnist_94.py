@@ -2,14 +2,16 @@
 
     python train.py --config configs/fashion_mnist_94.py
 
-The network of configs/fashion_mnist.py on whole images instead of halved ones, fewer epochs along
-a line, alternating flips, and the mean of an image and its mirror image. The data come as for
-configs/fashion_mnist.py. benchmarks/time_to_accuracy.py trains it beside the same in PyTorch.
+The network of configs/fashion_mnist.py for more epochs, along a line, with alternating flips and
+the mean of an image and its mirror image. Its first layer halves the image; a narrower network of
+the same cost on whole images learns less (trials on an H200, one seed each: 8 epochs of width 24 on
+whole images 93.4 %; on halved ones 10 of width 48 93.8, 15 94.0, and 20 of width 32 94.0). The data
+come as for configs/fashion_mnist.py. benchmarks/time_to_accuracy.py trains it beside PyTorch.
 
 Hardware: made for 2 CPU cores
 Time: not measured
-Test accuracy: not measured. It aims at 94 %; configs/fashion_mnist.py, which sees a quarter of the
-    pixels and evaluates no mirror images, has 93.64 %.
+Test accuracy: not measured. It aims at 94 %; configs/fashion_mnist.py, with fewer epochs and
+    without mirror images in the evaluation, has 93.64 %.
 """
 
 from configs import fashion_mnist
@@ -18,8 +20,7 @@ from configs import fashion_mnist
 def get_config():
     config = fashion_mnist.get_config()
     config.batch_size = 128
-    config.num_epochs = 10
-    config.model.stem = "small"
+    config.num_epochs = 28
     config.augment.flip = False
     config.augment.alternate_flips = True
     config.optimizer.learning_rate = 0.1

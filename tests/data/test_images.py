@@ -85,6 +85,7 @@ def test_every_decoder_turns_an_image_as_exif_says(kind, orientation):
         expected = np.asarray(ImageOps.exif_transpose(image))
     assert size_of(data) == expected.shape[:2]
     assert worst(decode(data), expected) <= 8
+    assert decode(data).flags.c_contiguous
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -106,6 +107,64 @@ def test_the_centre_is_pillows_of_the_turned_image(orientation, mode):
         grey = np.empty((side, side, 1), np.uint8)
         crop_center(data, grey, fraction=0.8)
         assert worst(grey[..., 0], out @ [0.299, 0.587, 0.114]) <= 2
+
+
+@pytest.mark.parametrize("size", [(500, 900), (900, 500)])
+def test_an_image_on_its_side_is_made_as_small_as_the_upright_one(size):
+    """Its detail shows the size that it was decoded at."""
+    pixels = np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 5  # rows and columns exchanged
+    upright = encoded(pixels, "JPEG", quality=100, subsampling=0)
+    sideways = encoded(pixels.swapaxes(0, 1), "JPEG", exif=exif, quality=100, subsampling=0)
+    out = np.empty((2, 224, 400, 3), np.uint8)
+    for each, data in zip(out, (upright, sideways), strict=True):
+        crop_center(data, each, fraction=1.0)
+    assert worst(*out) <= 8
+
+
+def tiff(order, *entries, counted=None):
+    """EXIF's directory of entries (tag, type, value), of which it may count fewer."""
+    sign = {"II": "<", "MM": ">"}[order]
+    head = struct.pack(f"{sign}HIH", 42, 8, len(entries) if counted is None else counted)
+    rows = [struct.pack(f"{sign}HHIHH", tag, kind, 1, value, 0) for tag, kind, value in entries]
+    return order.encode() + head + b"".join(rows) + bytes(4)
+
+
+def jpeg_of(*segments):
+    """The head of a JPEG, of segments (marker, contents)."""
+    parts = [marker + struct.pack(">H", len(data) + 2) + data for marker, data in segments]
+    return b"\xff\xd8" + b"".join(b"\xff" + part for part in parts) + b"\xff\xd9"
+
+
+def webp_of(*chunks):
+    parts = [
+        name + struct.pack("<I", len(data)) + data + bytes(len(data) % 2) for name, data in chunks
+    ]
+    body = b"WEBP" + b"".join(parts)
+    return b"RIFF" + struct.pack("<I", len(body)) + body
+
+
+SHORT, LONG = 3, 4
+OTHER, TURNED = (0x010E, SHORT, 3), (0x0112, SHORT, 6)
+EXIF, APP1, SCAN = b"Exif\0\0", b"\xe1", b"\xda"
+
+
+XMP = b"http://ns.adobe.com/xap/1.0/\0"
+ORIENTED = {
+    "big first": (jpeg_of((APP1, EXIF + tiff("MM", OTHER, TURNED))), 6),
+    "little first": (jpeg_of((APP1, EXIF + tiff("II", OTHER, TURNED))), 6),
+    "of another type": (jpeg_of((APP1, EXIF + tiff("II", (0x0112, LONG, 6)))), 1),
+    "uncounted": (jpeg_of((APP1, EXIF + tiff("MM", OTHER, TURNED, counted=1))), 1),
+    "behind XMP": (jpeg_of((APP1, XMP), (APP1, EXIF + tiff("MM", TURNED))), 6),
+    "among the pixels": (jpeg_of((SCAN, bytes(10)), (APP1, EXIF + tiff("MM", TURNED))), 1),
+    "behind an odd chunk": (webp_of((b"ICCP", bytes(3)), (b"EXIF", tiff("II", TURNED))), 6),
+}
+
+
+@pytest.mark.parametrize(("data", "orientation"), ORIENTED.values(), ids=ORIENTED)
+def test_where_and_how_exif_may_stand(data, orientation):
+    assert orientation_of(data) == orientation
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])

@@ -66,8 +66,7 @@ def prepare_named(name: str, *, data_dir: str) -> int:
     except DatasetNotFoundError as error:
         raise UserError(f"TFDS has no data set {name!r}{nearest(name, DATASETS)}") from error
     except ImportError as error:
-        text = WITH_TENSORFLOW.format(name=name, error=error, root=root)
-        raise UserError(text) from error
+        raise _without_tensorflow(name, root, error) from error
     directory = Path(builder.data_path)
     if not builder.is_prepared():
         print(f"preparing {name} in {directory}", flush=True)
@@ -75,13 +74,19 @@ def prepare_named(name: str, *, data_dir: str) -> int:
             with _told(root):
                 builder.download_and_prepare()
         except ImportError as error:
-            text = WITH_TENSORFLOW.format(name=name, error=error, root=root)
-            raise UserError(text) from error
+            raise _without_tensorflow(name, root, error) from error
         except Exception as error:  # of the network, the disk, or files that must be got by hand
             raise UserError(f"{name} cannot be prepared: {error}") from error
     sizes = ", ".join(f"{key} {part.num_examples:,}" for key, part in builder.info.splits.items())
     print(f"{directory}: {sizes}")
     return 0
+
+
+def _without_tensorflow(name: str, root: Path, error: ImportError) -> UserError:
+    *_, what = str(error).splitlines() or [
+        ""
+    ]  # behind the example that TFDS may have put before it
+    return UserError(WITH_TENSORFLOW.format(name=name, error=what, root=root))
 
 
 @contextlib.contextmanager

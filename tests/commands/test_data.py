@@ -536,3 +536,74 @@ def test_prepare_of_what_tfds_does_not_have(capsys, tmp_path):
     assert main(["data", "prepare", "cifer10", f"--data-dir={tmp_path}"]) == 1
     error = capsys.readouterr().err
     assert "TFDS has no data set 'cifer10' (did you mean 'cifar10'?)" in error
+
+
+@pytest.fixture(scope="module")
+def tiny_sets():
+    """Builders of TFDS's registry: one that prepares, and two that fail as real ones do."""
+    import tensorflow_datasets as tfds
+
+    class TinyPictures(tfds.core.GeneratorBasedBuilder):
+        VERSION = tfds.core.Version("1.0.0")
+        FAILURE = None
+
+        def _info(self):
+            features = {
+                "image": tfds.features.Image(shape=(8, 8, 3)),
+                "label": tfds.features.ClassLabel(names=["cat", "dog"]),
+            }
+            return tfds.core.DatasetInfo(
+                builder=self, features=tfds.features.FeaturesDict(features)
+            )
+
+        def _split_generators(self, _):
+            return {"train": self._generate_examples(3), "test": self._generate_examples(2)}
+
+        def _generate_examples(self, count):
+            if self.FAILURE is not None:
+                raise self.FAILURE
+            for number in range(count):
+                yield number, {"image": self._image(number), "label": number % 2}
+
+        def _image(self, number):
+            file = io.BytesIO()
+            Image.fromarray(np.full((8, 8, 3), number, np.uint8)).save(file, "PNG")
+            file.seek(0)
+            return file
+
+    class TinyNeedy(TinyPictures):
+        def _image(self, number):
+            return np.full((8, 8, 3), number, np.uint8)  # which TensorFlow encodes
+
+    class TinyUnlucky(TinyPictures):
+        FAILURE = OSError("[Errno 28] No space left on device")
+
+    return TinyPictures, TinyNeedy, TinyUnlucky
+
+
+def test_a_set_of_tfds_is_prepared_once(tiny_sets, tmp_path, capsys):
+    command_line = ["data", "prepare", "tiny_pictures", f"--data-dir={tmp_path}"]
+    directory = tmp_path / "tiny_pictures" / "1.0.0"
+    assert main(command_line) == 0
+    first = capsys.readouterr().out
+    assert first.startswith(f"preparing tiny_pictures in {directory}\n")
+    assert first.endswith(f"{directory}: train 3, test 2\n")
+    assert list(directory.glob("*train*.array_record*"))
+    assert main(command_line) == 0
+    assert capsys.readouterr().out == f"{directory}: train 3, test 2\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (
+            "tiny_needy",
+            "tiny_needy with TensorFlow only, or needs a package (No module",
+        ),
+        ("tiny_unlucky", "tiny_unlucky cannot be prepared: [Errno 28] No space left on device"),
+    ],
+)
+def test_what_keeps_tfds_from_preparing_is_told(name, message, tiny_sets, tmp_path, capsys):
+    assert main(["data", "prepare", name, f"--data-dir={tmp_path}"]) == 1
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / name / "1.0.0").exists()  # nothing half-written

@@ -3,7 +3,7 @@
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +40,12 @@ BLUE, ORANGE, PURPLE, GREY = "#1f77b4", "#d95f02", "#7570b3", "#888888"
 SOBEL = np.array([[1, 0, -1], [2, 0, -2], [1, 0, -1]]) / 4
 
 
+subset = cache(read_subset)  # unpacked once for all pictures
+
+
 def photographs(count: int) -> tuple[np.ndarray, np.ndarray]:
     """Returns images of Fashion-MNIST in [0, 1], [n, 28, 28, 1], and their labels."""
-    files = read_subset()
+    files = subset()
     images = read_idx(files["train-images-idx3-ubyte"])[:count, :, :, None] / 255
     labels = read_idx(files["train-labels-idx1-ubyte"])[:count]
     return images.astype(np.float32), labels.astype(np.int32)

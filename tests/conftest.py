@@ -7,6 +7,16 @@ os.environ["JAX_NUM_CPU_DEVICES"] = "8"
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", "")  # none: neither read nor write the user's
 
+import jax
+import pytest
 from jaxtyping import install_import_hook
 
 install_import_hook(["cnn_jax.models", "cnn_jax.training"], "type_checks.of_module_level")
+
+
+@pytest.fixture(scope="module")
+def compile_quickly():
+    """For programs that run once each: most of the time would go into optimising them."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)

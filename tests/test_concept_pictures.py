@@ -28,7 +28,12 @@ def drawn(tmp_path_factory) -> Path:
     result = subprocess.run(
         [sys.executable, "docs/make_pictures.py", str(folder)],
         cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_NUM_CPU_DEVICES": "1"},
+        env=os.environ
+        | {
+            "PYTHONPATH": str(ROOT),
+            "JAX_NUM_CPU_DEVICES": "1",
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": "true",  # each program runs but once
+        },
         capture_output=True,
         text=True,
     )

@@ -8,6 +8,8 @@ import pytest
 
 from cnn_jax.__main__ import main
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 

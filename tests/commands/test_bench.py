@@ -23,6 +23,7 @@ def bench(capsys, monkeypatch):
     """Returns a function that types a `bench` command: (exit code, output)."""
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "1")
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")  # how fast it is, is not tested
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
 
     def run(*arguments: str) -> tuple[int, str]:

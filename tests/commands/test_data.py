@@ -183,6 +183,7 @@ def seen_by_the_model(plan: Plan, batch: dict[str, np.ndarray]) -> np.ndarray:
     return seen.value.args[0]
 
 
+@pytest.mark.usefixtures("compile_quickly")
 @pytest.mark.parametrize(
     "recipe",
     [

@@ -123,6 +123,7 @@ def test_the_summary_names_what_is_written(train_here, complete):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("compile_quickly")
 def test_a_slow_source_is_waited_for(train_here, tmp_path, monkeypatch):
     from cnn_jax import plan
 

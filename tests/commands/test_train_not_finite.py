@@ -17,6 +17,8 @@ from driver import (
 from cnn_jax.commands import train as command
 from cnn_jax.data.pipeline import batch_indices
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")  # where training is in this process
+
 ROLLBACK = "--config.faults.on_nan=rollback"
 PLACE = "what enters the model (the images as augmented) is the first that is not finite"
 

@@ -21,7 +21,7 @@ from driver import (
 
 from cnn_jax.runtime.platform import RESTART
 
-SOON = "--peer-timeout=15"
+SOON = "--peer-timeout=10"
 UNCACHED = {"JAX_ENABLE_COMPILATION_CACHE": "false", "JAX_LOG_COMPILES": "1"}
 LONG_EVALUATION = ["--config.data.test_split=test[:800]", "--config.eval.batch_size=2"]
 """400 batches: what follows the last step of an epoch within a moment comes in the midst of it."""
@@ -135,10 +135,10 @@ def test_when_one_process_is_killed_the_other_ends_in_time_and_a_restart_is_exac
         children[victim].kill()
         killed_at = time.monotonic()
         code = other.end()
-        assert time.monotonic() - killed_at < 15 + MARGIN, "--peer-timeout is 15"
+        assert time.monotonic() - killed_at < 10 + MARGIN, "--peer-timeout is 10"
         if victim:
             assert code == RESTART, other.output
-            assert "process 1 of 2 is gone: no sign of life for 15 s" in other.output
+            assert "process 1 of 2 is gone: no sign of life for 10 s" in other.output
         else:  # mostly in JAX's own words, as it aborts: its service has ended with process 0
             aborted = "This most likely indicates that another task died"
             # 139: faulthandler, which is on in tests, then reads frames of threads that go on.

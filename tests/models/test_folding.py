@@ -26,17 +26,18 @@ LEFT = {
 def trained_model(name, arguments, images):
     """A network whose scales, biases and statistics are as different as training makes them."""
     model = create_model(name, num_classes=10, **arguments)
-    variables = jax.jit(lambda key: model.init(key, images, train=False))(jax.random.key(0))
-    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), images, train=False))
+    rng, of_kernels = np.random.default_rng(0), np.random.default_rng(1)
 
-    def vary(path, leaf):
+    def draw(path, leaf):
         name, shape = path[-1].key, leaf.shape
         if name == "kernel":
-            return leaf
+            deviation = np.sqrt(2 / np.prod(shape[:-1]))
+            return jnp.asarray(of_kernels.normal(0, deviation, shape), jnp.float32)
         low, high = {"scale": (0.5, 1.5), "var": (0.1, 3.0)}.get(name, (-0.3, 0.3))
         return jnp.asarray(rng.uniform(low, high, shape), jnp.float32)
 
-    return model, jax.tree.map_with_path(vary, variables)
+    return model, jax.tree.map_with_path(draw, shapes)
 
 
 @pytest.fixture

@@ -14,6 +14,8 @@ from cnn_jax import create_model
 from cnn_jax.models.pooling import average_pool, max_pool
 from cnn_jax.runtime.onnx_program import in_plain_words
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 INSTALLED = all(importlib.util.find_spec(name) for name in ("jax2onnx", "onnxruntime"))
 needs_converter = pytest.mark.skipif(
     not INSTALLED, reason='needs pip install jax2onnx onnxruntime "orbax-checkpoint>=0.12.8"'
@@ -108,7 +110,11 @@ def test_networks_of_every_kind_are_converted_right():
     networks += [(f"{name}_mini", {}) for name in minis]
     result = subprocess.run(  # of its own: the converter changes flax and jax while it works
         [sys.executable, "-c", f"NETWORKS = {networks}{IN_A_PROCESS}"],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        env=os.environ
+        | {
+            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": "true",
+        },
         capture_output=True,
         text=True,
         timeout=600,

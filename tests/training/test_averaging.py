@@ -11,6 +11,8 @@ from cnn_jax.training.averaging import moving_average
 from cnn_jax.training.flip_averaging import FlipAveraged
 from cnn_jax.training.state import TrainState
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 MODEL = ModernCNN(num_classes=5, stage_sizes=(1,), width=4, stem="small", block="residual")
 
 

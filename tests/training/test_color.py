@@ -16,6 +16,8 @@ from cnn_jax.training.color import (
     jitter_color,
 )
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 KEYS = jax.random.split(jax.random.key(5), 8)
 
 

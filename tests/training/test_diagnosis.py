@@ -15,6 +15,8 @@ from cnn_jax.runtime.sharding import batch_sharding, make_mesh, replicated, to_d
 from cnn_jax.training.diagnosis import first_not_finite
 from cnn_jax.training.losses import cross_entropy
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 TX = optax.sgd(0.1, momentum=0.9)
 KEY = jax.random.key(3)
 

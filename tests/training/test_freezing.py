@@ -10,6 +10,8 @@ import pytest
 from cnn_jax import ModernCNN, freeze_updates, init_state, make_train_step, train_only
 from cnn_jax.training.freezing import frozen_statistics
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 MODEL = ModernCNN(num_classes=5, stage_sizes=(1, 1), width=4, stem="small", block="residual")
 PARAMS = {
     "stem": {"conv": {"kernel": 0}},

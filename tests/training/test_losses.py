@@ -7,6 +7,8 @@ import pytest
 
 from cnn_jax.training.losses import binary_cross_entropy, cross_entropy
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 
 def draw(scale=1.0, examples=64, classes=7):
     rng = np.random.default_rng(0)

@@ -5,10 +5,13 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from cnn_jax.training.augment import example_keys
 from cnn_jax.training.mixing import cutmix, make_mix, mixup, random_erase
+
+pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 ROOT = jax.random.key(11)
 CLASSES = 5

@@ -12,6 +12,8 @@ from cnn_jax import ModernCNN
 from cnn_jax.training.freezing import freeze_updates, train_only
 from cnn_jax.training.optim import OPTIMIZERS, decay_mask, make_optimizer, make_schedule
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 STEPS = 10
 SHAPES = {
     "conv": {"kernel": (3, 3, 2, 4), "bias": (4,)},

@@ -10,6 +10,8 @@ from PIL import Image, ImageEnhance, ImageOps
 
 from cnn_jax.training.random_operations import OPERATIONS, apply_operation, rand_augment
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 SIZES = {"colour": (24, 31, 3), "grey": (28, 28, 1)}
 
 ROUNDED = ("Brightness", "Color", "Contrast", "Sharpness", "AutoContrast")

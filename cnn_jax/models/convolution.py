@@ -29,10 +29,10 @@ def convolve(
 
     def product(x: Any, kernel: Any) -> jax.Array:
         pixels = x[:, :: strides[0], :: strides[1], :]
-        by_channel = (((3,), (0,)), ((), ()))
-        return lax.dot_general(
-            pixels, kernel[0, 0], by_channel, precision=arguments.get("precision")
-        )
+        # In one axis: of more, XLA would reorder the whole cotangent for the kernel's gradient.
+        rows = pixels.reshape(-1, pixels.shape[3])
+        outputs = lax.dot(rows, kernel[0, 0], precision=arguments.get("precision"))
+        return outputs.reshape(*pixels.shape[:3], kernel.shape[3])
 
     def of_blocks(x: Any, kernel: Any) -> jax.Array:
         x, kernel, sides = by_blocks(x, kernel, strides, padding)

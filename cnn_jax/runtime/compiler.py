@@ -24,13 +24,18 @@ from cnn_jax.training.miscompile import may_be_wrong
 
 Options = Mapping[str, bool | str]
 
+YNN_FUSIONS = "xla_cpu_experimental_ynn_fusion_type"
+"""The option that names what XLA hands to the library YNNPACK on the CPU."""
+
 OPTIONS: Mapping[str, Options] = {
     # XLA's default keeps collectives where they stand; this overlaps them with computation.
     # https://docs.jax.dev/en/latest/gpu_performance_tips.html, and on in NVIDIA's own JAX images:
     # https://docs.nvidia.com/jax-toolbox/environment-variables
     "gpu": {"xla_gpu_enable_latency_hiding_scheduler": True},
     "tpu": {},  # libtpu chooses by generation, and schedules this way without being asked
-    "cpu": {},
+    # XLA's default but for convolutions, which it then divides among all cores by itself: YNNPACK
+    # of jaxlib 0.10.2 has one core make 64 channels or fewer (docs/performance.md).
+    "cpu": {YNN_FUSIONS: "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT,LIBRARY_FUSION_TYPE_REDUCE"},
 }
 """What XLA is told of each platform beyond its own defaults."""
 
@@ -44,8 +49,7 @@ FLOAT32_PRODUCTS: Mapping[str, str] = {"gpu": "TensorFloat-32 where it has it", 
 """How JAX's default precision multiplies float32 arrays, where that is not in float32."""
 
 WITHOUT_FUSED_REDUCTIONS: Options = {
-    "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT,"
-    "LIBRARY_FUSION_TYPE_INDIVIDUAL_CONVOLUTION"
+    YNN_FUSIONS: "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT,LIBRARY_FUSION_TYPE_INDIVIDUAL_CONVOLUTION"
 }
 """What cures a program that `may_be_wrong`: YNNPACK is left with single products only."""
 
@@ -133,8 +137,13 @@ def compile_program(
     A program that has the mark of that defect is compiled again without the optimisation at
     fault; the others keep it. See `cnn_jax.training.miscompile`. The processes of a run compile the
     programs of one `name` in the same order, and all again where one has to.
+
+    A program with convolutions of groups of channels keeps XLA's own choice of `YNN_FUSIONS`: those
+    of 7x7 by single channels, as in ConvNeXt, take YNNPACK half the processor time.
     """
     options = dict(options or {})
+    if YNN_FUSIONS in options and _has_groups(lowered):
+        del options[YNN_FUSIONS]
     compiled = _compile(lowered, options)
     if _platform(compiled) == "cpu" and any_of(
         f"compiling again {name}", may_be_wrong(compiled.as_text() or "")
@@ -147,6 +156,11 @@ def compile_program(
                 "another platform or install another version of jaxlib"
             )
     return compiled
+
+
+def _has_groups(lowered: jax.stages.Lowered) -> bool:
+    """Returns whether the program has a convolution of groups of channels."""
+    return re.search(r"feature_group_count = (?!1\b)", lowered.as_text()) is not None
 
 
 _read_from_cache: weakref.WeakSet[jax.stages.Compiled] = weakref.WeakSet()

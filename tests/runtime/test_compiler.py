@@ -8,6 +8,7 @@ import warnings
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 
 from cnn_jax.runtime import compiler
@@ -211,9 +212,36 @@ def test_an_option_that_the_compiler_does_not_know_is_left_out(monkeypatch):
     assert doubled(3.0) == 6.0
 
 
+@pytest.mark.parametrize(("groups", "by"), [(1, "XLA"), (2, "YNNPACK")])
+def test_a_convolution_on_the_cpu_is_made_by(groups, by):
+    """YNNPACK has one core make this one where its channels are of one group; see `OPTIONS`."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(16, 16, 16, 32)).astype(np.float32)
+    kernel = rng.normal(size=(3, 3, 32 // groups, 32)).astype(np.float32)
+
+    def convolve(x, kernel):
+        return jax.lax.conv_general_dilated(
+            x,
+            kernel,
+            (1, 1),
+            "VALID",
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            feature_group_count=groups,
+        )
+
+    lowered = jax.jit(convolve).lower(x, kernel)
+    compiled = compile_program(lowered, compiler_settings("cpu").options)
+    assert ("__ynn_fusion" in compiled.as_text()) == (by == "YNNPACK")
+    windows = np.lib.stride_tricks.sliding_window_view(x, (3, 3), (1, 2)).astype(np.float64)
+    windows = windows.reshape(-1, groups, 32 // groups, 3, 3)
+    kernels = kernel.astype(np.float64).reshape(3, 3, 32 // groups, groups, 32 // groups)
+    expected = np.einsum("pgcij,ijcgd->pgd", windows, kernels, optimize=True)
+    np.testing.assert_allclose(compiled(x, kernel).reshape(expected.shape), expected, atol=1e-4)
+
+
 def test_the_precision_of_products_is_said():
-    assert compiler_settings("cpu").describe() == "XLA's defaults, float32 products in float32"
-    assert compiler_settings("tpu").describe().endswith("float32 products in bfloat16")
+    assert compiler_settings("cpu").describe().endswith("REDUCE, float32 products in float32")
+    assert compiler_settings("tpu").describe() == "XLA's defaults, float32 products in bfloat16"
     with jax.default_matmul_precision("highest"):
         assert compiler_settings("tpu").describe().endswith("float32 products in highest")
 

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from cnn_jax import create_model, init_state, make_eval_step, make_train_step
-from cnn_jax.runtime.compiler import compile_program
+from cnn_jax.runtime.compiler import compile_program, compiler_settings
 from cnn_jax.training.miscompile import FLAG, MiscompileWarning, may_be_wrong, warn_if_exposed
 
 
@@ -126,7 +126,8 @@ def test_a_training_step_does_not_have_the_mark(network):
     """So the guard costs it nothing: neither a second compilation nor speed."""
     model, tx, state, batch, key = network
     step = jax.jit(make_train_step(model, tx)).lower(state, batch, key)
-    assert not may_be_wrong(step.compile().as_text())
+    for options in ({}, compiler_settings("cpu").options):
+        assert not may_be_wrong(step.compile(compiler_options=dict(options)).as_text())
 
 
 def test_an_evaluation_step_is_cured_of_it(network):

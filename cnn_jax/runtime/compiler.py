@@ -94,7 +94,8 @@ def compiler_settings(
     """Returns what to compile with for `platform`, by default that of JAX's default backend.
 
     Each option is first tried on an empty program, for `device` (of a described topology, say) or
-    for the default one: a compiler does not know every option of every version.
+    for the default one: a compiler does not know every option of every version. What XLA_FLAGS
+    says of an option of `OPTIONS` stands.
 
     Raises ValueError for an unknown platform.
     """
@@ -102,7 +103,9 @@ def compiler_settings(
         platform = str(jax.default_backend() if device is None else device.platform)
     if platform not in OPTIONS:
         raise ValueError(f"platform is {platform!r}; it must be one of {', '.join(OPTIONS)}")
-    wanted = {**OPTIONS[platform], **(DETERMINISTIC.get(platform, {}) if deterministic else {})}
+    said = {flag.lstrip("-").partition("=")[0] for flag in os.environ.get("XLA_FLAGS", "").split()}
+    wanted = {name: value for name, value in OPTIONS[platform].items() if name not in said}
+    wanted |= DETERMINISTIC.get(platform, {}) if deterministic else {}
     known = {name: value for name, value in wanted.items() if _is_known(name, value, device)}
     return CompilerSettings(platform, known, tuple(name for name in wanted if name not in known))
 

@@ -239,6 +239,13 @@ def test_a_convolution_on_the_cpu_is_made_by(groups, by):
     np.testing.assert_allclose(compiled(x, kernel).reshape(expected.shape), expected, atol=1e-4)
 
 
+def test_what_the_environment_says_of_an_option_stands(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", f"--xla_dump_to=/x --{compiler.YNN_FUSIONS}=-reduce")
+    assert compiler_settings("cpu").options == {}
+    monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=/x")
+    assert list(compiler_settings("cpu").options) == [compiler.YNN_FUSIONS]
+
+
 def test_the_precision_of_products_is_said():
     assert compiler_settings("cpu").describe().endswith("REDUCE, float32 products in float32")
     assert compiler_settings("tpu").describe() == "XLA's defaults, float32 products in bfloat16"

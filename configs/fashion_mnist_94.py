@@ -19,11 +19,9 @@ from configs import fashion_mnist
 
 def get_config():
     config = fashion_mnist.get_config()
-    config.batch_size = 128
     config.num_epochs = 28
     config.augment.flip = False
     config.augment.alternate_flips = True
-    config.optimizer.learning_rate = 0.1
     config.schedule.name = "linear"
     config.eval.average_flips = True
     return config

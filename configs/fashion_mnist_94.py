@@ -8,10 +8,9 @@ the same cost on whole images learns less (trials on an H200, one seed each: 8 e
 whole images 93.4 %; on halved ones 10 of width 48 93.8, 15 94.0, and 20 of width 32 94.0). The data
 come as for configs/fashion_mnist.py. benchmarks/time_to_accuracy.py trains it beside PyTorch.
 
-Hardware: made for 2 CPU cores
-Time: not measured
-Test accuracy: not measured. It aims at 94 %; configs/fashion_mnist.py, with fewer epochs and
-    without mirror images in the evaluation, has 93.64 %.
+Hardware: 2 cores of an AMD EPYC, jax 0.10.2
+Time: 19:09 from the command to the summary; 2:56 of it were evaluations, which take half since
+Test accuracy: 94.36 % (seed 0, last epoch; other seeds not measured)
 """
 
 from configs import fashion_mnist

@@ -151,7 +151,7 @@ def compile_program(
     if _platform(compiled) == "cpu" and any_of(
         f"compiling again {name}", may_be_wrong(compiled.as_text() or "")
     ):
-        compiled = _compile(lowered, {**options, **WITHOUT_FUSED_REDUCTIONS})
+        compiled = _compile(lowered, {**options, **_without_fused_reductions(options)})
         if may_be_wrong(compiled.as_text() or ""):
             raise UserError(
                 "XLA compiles this program for the CPU in a way that can compute wrong numbers "
@@ -159,6 +159,14 @@ def compile_program(
                 "another platform or install another version of jaxlib"
             )
     return compiled
+
+
+def _without_fused_reductions(options: Options) -> Options:
+    """Returns what cures a program that was compiled with these options, and leaves the rest."""
+    if YNN_FUSIONS not in options:
+        return WITHOUT_FUSED_REDUCTIONS
+    kinds = str(options[YNN_FUSIONS]).split(",")
+    return {YNN_FUSIONS: ",".join(kind for kind in kinds if not kind.endswith("_REDUCE"))}
 
 
 def _has_groups(lowered: jax.stages.Lowered) -> bool:

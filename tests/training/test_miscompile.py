@@ -10,7 +10,13 @@ import optax
 import pytest
 
 from cnn_jax import create_model, init_state, make_eval_step, make_train_step
-from cnn_jax.runtime.compiler import compile_program, compiler_settings
+from cnn_jax.runtime.compiler import (
+    WITHOUT_FUSED_REDUCTIONS,
+    YNN_FUSIONS,
+    _without_fused_reductions,
+    compile_program,
+    compiler_settings,
+)
 from cnn_jax.training.miscompile import FLAG, MiscompileWarning, may_be_wrong, warn_if_exposed
 
 
@@ -134,7 +140,26 @@ def test_an_evaluation_step_is_cured_of_it(network):
     model, _, state, batch, _ = network
     batch = batch | {"mask": jax.ShapeDtypeStruct((8,), jnp.float32)}
     step = jax.jit(make_eval_step(model)).lower(state, batch)
-    assert not may_be_wrong(compile_program(step).as_text())
+    for options in ({}, compiler_settings("cpu").options):
+        assert not may_be_wrong(compile_program(step, options).as_text())
+
+
+def test_the_cure_leaves_convolutions_to_every_core():
+    """Of evaluation too: YNNPACK has one core make 64 channels or fewer."""
+
+    def mean(x, kernel):
+        y = jax.lax.conv_general_dilated(
+            x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        return jnp.mean(jnp.maximum(y, 0), axis=(1, 2)) @ jnp.ones((32, 10))
+
+    lowered = jax.jit(mean).lower(jnp.ones((16, 14, 14, 32)), jnp.ones((3, 3, 32, 32)))
+    cured = _without_fused_reductions(compiler_settings("cpu").options)
+    assert "convolution" not in "".join(
+        line for line in lowered.compile(cured).as_text().splitlines() if "__ynn" in line
+    )
+    assert cured == {YNN_FUSIONS: "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}
+    assert _without_fused_reductions({}) == WITHOUT_FUSED_REDUCTIONS
 
 
 @pytest.mark.parametrize(

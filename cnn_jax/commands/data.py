@@ -83,9 +83,7 @@ def prepare_named(name: str, *, data_dir: str) -> int:
 
 
 def _without_tensorflow(name: str, root: Path, error: ImportError) -> UserError:
-    *_, what = str(error).splitlines() or [
-        ""
-    ]  # behind the example that TFDS may have put before it
+    what = str(error).rpartition("\n")[2]  # behind the example that TFDS may have put before it
     return UserError(WITH_TENSORFLOW.format(name=name, error=what, root=root))
 
 

@@ -16,6 +16,8 @@ from cnn_jax.runtime.sharding import batch_sharding, to_devices
 from cnn_jax.training.accumulation import accumulate
 from cnn_jax.training.augment import make_augment, normalize
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 STEPS = 4
 ORDER = np.arange(16).reshape(4, STEPS).T.ravel()
 """The examples of the first micro-batch, then those of the second, and so on."""
@@ -24,13 +26,6 @@ NORMALIZE = functools.partial(normalize, mean=(0.5,), std=(0.3,), dtype=jnp.dtyp
 MODEL = functools.partial(
     ModernCNN, num_classes=10, stem="medium", block="residual", stage_sizes=(1,), width=8
 )
-
-
-@pytest.fixture(autouse=True, scope="module")
-def compile_quickly():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def one_step(model, batch, **arguments):

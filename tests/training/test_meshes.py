@@ -13,15 +13,9 @@ from cnn_jax.runtime.compiler import compile_program
 from cnn_jax.runtime.sharding import batch_sharding, to_devices
 from cnn_jax.training.optim import make_optimizer
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 STEPS = 20
-
-
-@pytest.fixture(autouse=True, scope="module")
-def compile_quickly():
-    """Each program runs 20 times: most of the time would go into optimising them."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def train(made: Any) -> tuple[Any, list[float]]:

@@ -13,19 +13,14 @@ from cnn_jax.runtime.sharding import batch_sharding, to_devices
 from cnn_jax.runtime.weight_files import read_directory
 from cnn_jax.training.statistics import pool_statistics, spread_statistics
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 DEVICE = ("batch_norm.statistics", "device")
 PLAIN = (
     ("optimizer.momentum", "0"),
     ("optimizer.nesterov", "false"),
     ("optimizer.weight_decay", "0"),
 )
-
-
-@pytest.fixture(autouse=True, scope="module")
-def compile_quickly():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def train(made, number):

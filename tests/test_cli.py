@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import cnn_jax
-from cnn_jax.__main__ import main
+from cnn_jax.__main__ import COMMANDS, main
 from cnn_jax.config import Config, ConfigError
 from cnn_jax.errors import UserError
 
@@ -269,6 +269,14 @@ def test_help_shows_the_command_as_it_was_typed(command, program, run_shell):
     assert result.returncode == 0
     assert result.stdout.startswith(f"usage: {program} --config FILE")
     assert f"  {program} --config configs/quickstart.py --dry-run\n" in result.stdout
+
+
+@pytest.mark.parametrize("command", [each.__name__.rpartition(".")[2] for each in COMMANDS])
+def test_every_command_has_help(command, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main([command, "--help"])
+    assert caught.value.code == 0
+    assert f" {command} " in capsys.readouterr().out
 
 
 def test_five_mistakes_from_another_folder(tmp_path, run_shell):

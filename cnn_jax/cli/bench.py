@@ -49,8 +49,8 @@ image are counted in the compiled program; GB/s and GFLOP/s are followed by thei
 of a copy and of a matrix product timed in the same run. The bound is the time that the
 program's kernels need at those rates, and at the published ones where there are any.
 
-Exit code: 0 when measured; 3 when the times scatter by more than 5 % or other processes
-took more than 5 % of the machine: they are printed, and not written to FILE; 2 for a
+Exit code: 0 when measured; 3 when the times scatter by more than 5 %% or other processes
+took more than 5 %% of the machine: they are printed, and not written to FILE; 2 for a
 mistake in the command or the configuration; 1 for anything else, sides that compute
 different things among it.
 """

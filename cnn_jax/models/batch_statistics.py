@@ -48,7 +48,7 @@ def _forward(
     x: Any, scale: Any, bias: Any, epsilon: float, rectify: bool, dtype: Any
 ) -> tuple[Normalized, tuple[Any, ...]]:
     y, mean, var = _formula(x, scale, bias, epsilon, dtype, _sums)
-    y = jnp.maximum(y, 0) if rectify else y
+    y = rectified(y) if rectify else y
     return (y, mean, var), (x, scale, bias, mean, var)
 
 
@@ -171,6 +171,24 @@ def _unchanged(*arrays: Any) -> Any:
     return arrays
 
 
+def rectified(x: Array) -> Any:
+    """Returns `max(x, 0)`, which a compiler for the CPU keeps.
+
+    What has one large operand XLA makes there again wherever it is read: the whole normalisation,
+    in the strided loops that reorder a feature map for the gradient of a kernel. A choice between
+    two arrays it does not.
+    """
+    return lax.platform_dependent(x, cpu=_chosen, default=_larger)
+
+
+def _chosen(x: Any) -> Any:
+    return jnp.where(x < 0, jnp.zeros_like(x), x)
+
+
+def _larger(x: Any) -> Any:
+    return jnp.maximum(x, 0)
+
+
 @jax.custom_vjp
 def relu(x: Array) -> jax.Array:
     """Returns `max(x, 0)`; its gradient, 0 at 0, reads the output that the next layer needs too.
@@ -178,11 +196,11 @@ def relu(x: Array) -> jax.Array:
     `nn.relu`'s reads the input, which a compiler then keeps, or makes again from all that it was
     the sum of.
     """
-    return jnp.maximum(x, 0)
+    return rectified(x)
 
 
 def _relu_forward(x: Array) -> tuple[jax.Array, jax.Array]:
-    y = jnp.maximum(x, 0)
+    y = rectified(x)
     return y, y
 
 

@@ -1,12 +1,15 @@
 """The convolution of every layer: XLA's own, but for those that it is slow at on a platform."""
 
+import functools
+import itertools
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.custom_derivatives import SymbolicZero
 
 from cnn_jax.typing import Array
 
@@ -19,9 +22,10 @@ def convolve(
     """Returns `lax.conv_general_dilated` of the same arguments.
 
     On the CPU a 1x1 convolution is written as the matrix product `x[:, ::s, ::s] W` that it is, and
-    so are its gradients. On a GPU a strided convolution of few channels, the stem of a network,
-    takes the pixels of a stride as channels (`by_blocks`), because cuDNN fills them up with zeros
-    for each tap of the kernel. The programs of other platforms are the same as without this.
+    so are its gradients; that of another strided one, by the image, is taken `by_phases`. On a GPU
+    a strided convolution of few channels, the stem of a network, takes the pixels of a stride as
+    channels (`by_blocks`), because cuDNN fills them up with zeros for each tap of the kernel. The
+    programs of other platforms are the same as without this.
     """
 
     def convolution(x: Any, kernel: Any) -> jax.Array:
@@ -38,12 +42,24 @@ def convolve(
         x, kernel, sides = by_blocks(x, kernel, strides, padding)
         return lax.conv_general_dilated(x, kernel, (1, 1), sides, **arguments)
 
+    def of_phases(x: Any, kernel: Any) -> jax.Array:
+        first, *others = (
+            lax.conv_general_dilated(*each, **arguments)
+            for each in by_phases(x, kernel, strides, padding)
+        )
+        return sum(others, first)
+
+    def along_images(x: Any, kernel: Any) -> jax.Array:
+        return lax.platform_dependent(x, kernel, cpu=of_phases, default=convolution)
+
     if not _is_plain(padding, **arguments):
         return convolution(x, kernel)
     if _is_pointwise(kernel, padding):
         return lax.platform_dependent(x, kernel, cpu=product, default=convolution)
     if _is_stem(x, kernel, strides, **arguments):
         return lax.platform_dependent(x, kernel, cuda=of_blocks, default=convolution)
+    if _is_strided(kernel, strides, **arguments):
+        return _with_derivative(convolution, along_images)(x, kernel)
     return convolution(x, kernel)
 
 
@@ -89,6 +105,78 @@ def _is_stem(
         and not any(size % stride for size, stride in zip(x.shape[1:3], strides, strict=True))
         and tuple(rhs_dilation) == (1, 1)
     )
+
+
+def _is_strided(
+    kernel: Array, strides: Sequence[int], *, rhs_dilation: Sequence[int] = (1, 1), **_: Any
+) -> bool:
+    """Returns whether the kernel takes part in pixels of every phase of the strides."""
+    steps = all(1 < stride <= taps for stride, taps in zip(strides, kernel.shape[:2], strict=True))
+    return steps and tuple(rhs_dilation) == (1, 1)
+
+
+def _with_derivative(
+    convolution: Callable[..., jax.Array], along_images: Callable[..., jax.Array]
+) -> Callable[..., jax.Array]:
+    """Returns the convolution, which is linear along images as `along_images` writes it.
+
+    JAX transposes that for the gradient by the image.
+    """
+    convolution = jax.custom_jvp(convolution)
+
+    @functools.partial(convolution.defjvp, symbolic_zeros=True)
+    def _(primals: Any, tangents: Any) -> tuple[jax.Array, Any]:
+        (x, kernel), (x_dot, kernel_dot) = primals, tangents
+        parts = []
+        if not isinstance(x_dot, SymbolicZero):
+            parts.append(along_images(x_dot, kernel))
+        if not isinstance(kernel_dot, SymbolicZero):
+            parts.append(convolution(x, kernel_dot))
+        return convolution(x, kernel), sum(parts)
+
+    return convolution
+
+
+Windows: TypeAlias = tuple[Any, Any, tuple[int, int], list[tuple[int, int]]]
+"""An image, a kernel, strides and padding."""
+
+
+def by_phases(x: Any, kernel: Any, strides: Sequence[int], padding: Any) -> list[Windows]:
+    """Returns convolutions without strides whose sum is the one with `strides`.
+
+    Each has the pixels of one phase, the remainder of row and column after division by the strides,
+    and the taps that meet them. So a gradient by the image is made of pixels as they lie, and not
+    of an image with zeros between them.
+    """
+    (images, *sizes, channels), (down, across) = x.shape, strides
+    rows, columns = (
+        [_of_phase(phase, *axis) for phase in range(axis[1])]
+        for axis in zip(sizes, strides, kernel.shape[:2], padding, strict=True)
+    )
+    blocks = [-(-size // stride) for size, stride in zip(sizes, strides, strict=True)]
+    filled = [(0, n * s - size, 0) for n, s, size in zip(blocks, strides, sizes, strict=True)]
+    x = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *filled, (0, 0, 0)])
+    x = x.reshape(images, blocks[0], down, blocks[1], across, channels)
+    x = x.transpose(2, 4, 0, 1, 3, 5).reshape(down * across, images, *blocks, channels)
+    phases = lax.split(x, [1] * (down * across))  # in one piece when it is transposed
+    return [
+        (pixels[0], kernel[taps_down, taps_across], (1, 1), [above, beside])
+        for pixels, ((taps_down, above), (taps_across, beside)) in zip(
+            phases, itertools.product(rows, columns), strict=True
+        )
+    ]
+
+
+def _of_phase(
+    phase: int, size: int, stride: int, taps: int, padding: tuple[int, int]
+) -> tuple[slice, tuple[int, int]]:
+    """Returns the taps along an axis that meet the pixels of a phase, and the padding of these."""
+    before, after = padding
+    outputs = (before + size + after - taps) // stride + 1
+    skipped, first = divmod(phase + before, stride)
+    met = slice(first, taps, stride)
+    pixels = -(-size // stride)
+    return met, (skipped, outputs - 1 + len(range(taps)[met]) - pixels - skipped)
 
 
 def by_blocks(

@@ -1,7 +1,9 @@
 """Normalising by a batch's statistics: values and gradients against float64 NumPy and JAX."""
 
 import functools
+import re
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,8 @@ import pytest
 from cnn_jax import create_model
 from cnn_jax.models import batch_statistics
 from cnn_jax.models.batch_statistics import normalize, relu
+from cnn_jax.models.layers import ConvBlock
+from cnn_jax.runtime.compiler import OPTIONS
 
 EPSILON = 1e-5
 
@@ -65,6 +69,28 @@ def test_relu_and_its_gradient():
     y, pull_back = jax.vjp(relu, x)
     assert y.tolist() == [0, 0, 0, 3]
     assert pull_back(jnp.asarray([5.0, 6.0, 7.0, 8.0]))[0].tolist() == [0, 0, 0, 8]
+    assert jnp.isnan(relu(jnp.asarray([jnp.nan]))).all()
+
+
+def test_a_cpu_reorders_what_was_normalised_and_does_not_normalise_again():
+    """The feature map that the gradient of the second kernel reorders, in the compiled program."""
+
+    class Two(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return ConvBlock(12)(ConvBlock(12)(x, train=True), train=True)
+
+    images = jnp.zeros((8, 6, 6, 4))
+    variables = Two().init(jax.random.key(0), images)
+
+    def loss(variables):
+        return jnp.sum(jnp.sin(Two().apply(variables, images, mutable=True)[0]))
+
+    compiled = jax.jit(jax.grad(loss)).lower(variables).compile(compiler_options=OPTIONS["cpu"])
+    computations = re.findall(r"^%fused_.*?^}", compiled.as_text(), re.M | re.S)
+    reorders = [text for text in computations if re.search(r"\[12,6,6,8\].* transpose\(", text)]
+    assert len(reorders) == 1
+    assert not re.search(r" (multiply|subtract|maximum)\(", reorders[0])
 
 
 @pytest.mark.parametrize(("platform", "barriers"), [("cuda", 1), ("tpu", 0), ("cpu", 0)])

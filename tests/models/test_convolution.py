@@ -50,15 +50,20 @@ def test_outputs_and_gradients_are_those_of_the_formula(strides):
     np.testing.assert_allclose(gradients[1], of_kernel, rtol=1e-12)
 
 
-def test_a_product_has_every_derivative():
+@pytest.mark.parametrize(
+    ("kernel_size", "strides", "padding"),
+    [(1, (2, 1), VALID), (3, (2, 2), [(1, 1), (1, 1)])],
+    ids=["a product", "strided"],
+)
+def test_every_derivative_is_there(kernel_size, strides, padding):
     """Of both orders and in both modes, as a network that evaluates has: by differences."""
     rng = np.random.default_rng(0)
 
     def call(x, kernel):
-        return convolve(x, kernel, (2, 1), VALID, dimension_numbers=CHANNELS_LAST)
+        return convolve(x, kernel, strides, padding, dimension_numbers=CHANNELS_LAST)
 
     with jax.enable_x64(True):
-        arrays = (rng.normal(size=(2, 3, 4, 2)), rng.normal(size=(1, 1, 2, 3)))
+        arrays = (rng.normal(size=(2, 3, 4, 5)), rng.normal(size=(kernel_size,) * 2 + (5, 3)))
         check_grads(call, tuple(map(jnp.asarray, arrays)), order=2, modes=["fwd", "rev"])
 
 
@@ -121,6 +126,45 @@ def test_what_is_no_product_stays_a_convolution(arguments):
     assert "stablehlo.convolution" in lowered_for("cpu", (1, 1), **arguments)
 
 
+def seen(image, row, column, outputs, strides):
+    """Returns the pixels that one place of a kernel meets."""
+    rows, columns = (
+        slice(start, start + (count - 1) * stride + 1, stride)
+        for start, count, stride in zip((row, column), outputs, strides, strict=True)
+    )
+    return image[:, rows, columns]
+
+
+def check_by_a_loop(call, kernel_size, strides, padding, size, channels):
+    """Compares `call(x, kernel)` and its gradients with a loop over the places of the kernel.
+
+    What no output sees, as the last row of an even image, gets a gradient of zero.
+    """
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(2, *size, channels))
+    kernel = rng.normal(size=(kernel_size, kernel_size, channels, 5))
+    padded = np.pad(x, ((0, 0), *padding, (0, 0)))
+    outputs = [(padded.shape[1 + i] - kernel_size) // strides[i] + 1 for i in (0, 1)]
+    places = [(row, column) for row in range(kernel_size) for column in range(kernel_size)]
+    expected = sum(seen(padded, *place, outputs, strides) @ kernel[place] for place in places)
+    cotangent = rng.normal(size=expected.shape)
+    of_padded, of_kernel = np.zeros_like(padded), np.zeros_like(kernel)
+    for place in places:
+        view = seen(of_padded, *place, outputs, strides)
+        view += cotangent @ kernel[place].T
+        of_kernel[place] = np.einsum(
+            "nhwc,nhwd->cd", seen(padded, *place, outputs, strides), cotangent
+        )
+    (top, _), (left, _) = padding
+    of_x = of_padded[:, top : size[0] + top, left : size[1] + left]
+    with jax.enable_x64(True):
+        output, pull_back = jax.vjp(call, jnp.asarray(x), jnp.asarray(kernel))
+        gradients = pull_back(jnp.asarray(cotangent))
+    np.testing.assert_allclose(output, expected, rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(gradients[0], of_x, rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(gradients[1], of_kernel, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize(
     ("kernel_size", "strides", "padding", "channels"),
     [
@@ -135,34 +179,6 @@ def test_what_is_no_product_stays_a_convolution(arguments):
 def test_pixels_of_a_stride_as_channels_are_the_same_convolution(
     kernel_size, strides, padding, channels
 ):
-    """By a loop over places of the kernel, which knows nothing of blocks; gradients by transposing.
-
-    What no output sees, as the last row of an even image, gets a gradient of zero.
-    """
-    rng = np.random.default_rng(0)
-    x = rng.normal(size=(2, 12, 16, channels))
-    kernel = rng.normal(size=(kernel_size, kernel_size, channels, 5))
-    padded = np.pad(x, ((0, 0), *padding, (0, 0)))
-    height, width = ((padded.shape[1 + i] - kernel_size) // strides[i] + 1 for i in (0, 1))
-
-    def seen(image, row, column):
-        rows, columns = (
-            slice(start, start + (count - 1) * stride + 1, stride)
-            for start, count, stride in zip((row, column), (height, width), strides, strict=True)
-        )
-        return image[:, rows, columns]
-
-    places = [(row, column) for row in range(kernel_size) for column in range(kernel_size)]
-    expected = sum(seen(padded, *place) @ kernel[place] for place in places)
-    cotangent = rng.normal(size=expected.shape)
-    of_padded, of_kernel = np.zeros_like(padded), np.zeros_like(kernel)
-    for place in places:
-        view = seen(of_padded, *place)
-        view += cotangent @ kernel[place].T
-        of_kernel[place] = np.einsum("nhwc,nhwd->cd", seen(padded, *place), cotangent)
-    (top, _), (left, _) = padding
-    of_x = of_padded[:, top : 12 + top, left : 16 + left]
-
     def by_blocks(x, kernel):
         blocks, taps, sides = convolution.by_blocks(x, kernel, strides, padding)
         assert blocks.shape[-1] == 16
@@ -170,12 +186,49 @@ def test_pixels_of_a_stride_as_channels_are_the_same_convolution(
             blocks, taps, (1, 1), sides, dimension_numbers=CHANNELS_LAST
         )
 
-    with jax.enable_x64(True):
-        output, pull_back = jax.vjp(by_blocks, jnp.asarray(x), jnp.asarray(kernel))
-        gradients = pull_back(jnp.asarray(cotangent))
-    np.testing.assert_allclose(output, expected, rtol=1e-12, atol=1e-12)
-    np.testing.assert_allclose(gradients[0], of_x, rtol=1e-12, atol=1e-12)
-    np.testing.assert_allclose(gradients[1], of_kernel, rtol=1e-12, atol=1e-12)
+    check_by_a_loop(by_blocks, kernel_size, strides, padding, (12, 16), channels)
+
+
+STRIDED = [
+    (3, (2, 2), ((1, 1), (1, 1)), (7, 8)),  # of a residual block
+    (7, (2, 2), ((3, 3), (3, 3)), (12, 16)),
+    (2, (2, 2), ((0, 0), (0, 0)), (7, 6)),  # of ConvNeXt; a last row that no output sees
+    (5, (3, 2), ((2, 0), (1, 3)), (11, 9)),
+    (4, (4, 4), ((0, 0), (0, 0)), (12, 16)),
+    (3, (2, 3), ((4, 5), (0, 1)), (9, 10)),  # more padding than kernel
+]
+
+
+@pytest.mark.parametrize(("kernel_size", "strides", "padding", "size"), STRIDED)
+def test_a_sum_over_phases_is_the_same_convolution(kernel_size, strides, padding, size):
+    def by_phases(x, kernel):
+        return sum(
+            jax.lax.conv_general_dilated(*each, dimension_numbers=CHANNELS_LAST)
+            for each in convolution.by_phases(x, kernel, strides, padding)
+        )
+
+    check_by_a_loop(by_phases, kernel_size, strides, padding, size, 5)
+
+
+@pytest.mark.parametrize(("kernel_size", "strides", "padding", "size"), STRIDED)
+def test_a_strided_convolution_and_its_gradients(kernel_size, strides, padding, size):
+    def call(x, kernel):
+        return convolve(x, kernel, strides, padding, dimension_numbers=CHANNELS_LAST)
+
+    check_by_a_loop(call, kernel_size, strides, padding, size, 17)
+
+
+@pytest.mark.parametrize(("platform", "zeros"), [("cpu", 0), ("cuda", 1), ("tpu", 1)])
+def test_on_a_cpu_no_gradient_is_of_an_image_with_zeros_between_its_pixels(platform, zeros):
+    def loss(x, kernel):
+        y = convolve(x, kernel, (2, 2), [(1, 1)] * 2, dimension_numbers=CHANNELS_LAST)
+        return jnp.sum(jnp.sin(y))
+
+    shapes = [(2, 8, 8, 8), (3, 3, 8, 6)]
+    shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    traced = jax.jit(jax.grad(loss, (0, 1))).trace(*shapes)
+    text = traced.lower(lowering_platforms=(platform,)).as_text()
+    assert text.count("lhs_dilate = [2, 2]") == zeros
 
 
 STEM = {"strides": (2, 2), "kernel_size": 3, "padding": [(1, 1), (1, 1)]}

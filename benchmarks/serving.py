@@ -36,7 +36,7 @@ from cnn_jax import create_model
 from cnn_jax.data.sources import open_source
 from cnn_jax.exported import DESCRIPTION, PROGRAM
 from cnn_jax.models.folding import fold_batch_norms
-from cnn_jax.runtime.compiler import WITHOUT_FUSED_REDUCTIONS
+from cnn_jax.runtime.compiler import unseen_options
 from cnn_jax.runtime.platform import versions
 from cnn_jax.trained import open_run
 from cnn_jax.training.augment import normalize
@@ -88,10 +88,11 @@ def write_resnet50(path: Path) -> None:
     (batch,) = jax.export.symbolic_shape("batch")
     images = jax.ShapeDtypeStruct((batch, *shape), jnp.uint8)
     exported = jax.export.export(jax.jit(probabilities), platforms=("cpu",))(images)
+    lowered = jax.jit(probabilities).lower(jax.ShapeDtypeStruct((1, *shape), jnp.uint8))
     about = {
         "input": {"shape": ["batch", *shape]},
         "class_names": [str(number) for number in range(1000)],
-        "compiler_options": {"cpu": dict(WITHOUT_FUSED_REDUCTIONS)},
+        "compiler_options": {"cpu": dict(unseen_options(lowered))},
         "model": "resnet50",
         "data": "nothing",
         "step": 0,

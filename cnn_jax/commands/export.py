@@ -19,7 +19,7 @@ from cnn_jax.errors import UserError
 from cnn_jax.exported import DESCRIPTION, PROGRAM
 from cnn_jax.models.folding import fold_batch_norms
 from cnn_jax.plan import as_evaluated
-from cnn_jax.runtime.compiler import WITHOUT_FUSED_REDUCTIONS, compile_program
+from cnn_jax.runtime.compiler import compile_program, unseen_options
 from cnn_jax.runtime.platform import versions
 from cnn_jax.runtime.weight_files import refuse_existing
 from cnn_jax.storage import write_atomically
@@ -127,17 +127,19 @@ def _stablehlo(
     images = jax.ShapeDtypeStruct((batch, *run.dataset.image_shape), jnp.uint8)
     exported = jax.export.export(jax.jit(function), platforms=tuple(platforms))(images)
     program = bytes(exported.serialize())
+    here = jax.export.deserialize(bytearray(program)).call if "cpu" in platforms else function
+    lowered = jax.jit(here).lower(checked)
+    options = dict(unseen_options(lowered))
     description = {
         **_description(run, folded),
         "platforms": list(platforms),
-        "compiler_options": {"cpu": dict(WITHOUT_FUSED_REDUCTIONS)},
+        "compiler_options": {"cpu": options},
     }
     contents = io.BytesIO()
     with zipfile.ZipFile(contents, "w") as file:
         file.writestr(DESCRIPTION, json.dumps(description, indent=2) + "\n")
         file.writestr(PROGRAM, program)
-    here = jax.export.deserialize(bytearray(program)).call if "cpu" in platforms else function
-    found = jax.jit(here, compiler_options=dict(WITHOUT_FUSED_REDUCTIONS))(checked)
+    found = lowered.compile(compiler_options=options)(checked)
     return description, contents.getvalue(), np.asarray(found)
 
 

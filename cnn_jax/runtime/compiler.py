@@ -144,9 +144,7 @@ def compile_program(
     A program with convolutions of groups of channels keeps XLA's own choice of `YNN_FUSIONS`: those
     of 7x7 by single channels, as in ConvNeXt, take YNNPACK half the processor time.
     """
-    options = dict(options or {})
-    if YNN_FUSIONS in options and _has_groups(lowered):
-        del options[YNN_FUSIONS]
+    options = _fitting(lowered, options or {})
     compiled = _compile(lowered, options)
     if _platform(compiled) == "cpu" and any_of(
         f"compiling again {name}", may_be_wrong(compiled.as_text() or "")
@@ -159,6 +157,20 @@ def compile_program(
                 "another platform or install another version of jaxlib"
             )
     return compiled
+
+
+def unseen_options(lowered: jax.stages.Lowered) -> Options:
+    """Returns what to compile a program for CPUs with where nobody sees what comes of it.
+
+    It is free of what `compile_program` looks for: for an exported network, say.
+    """
+    return _without_fused_reductions(_fitting(lowered, OPTIONS["cpu"]))
+
+
+def _fitting(lowered: jax.stages.Lowered, options: Options) -> dict[str, bool | str]:
+    """Returns those of the options that are for this program."""
+    leaves_out = YNN_FUSIONS in options and _has_groups(lowered)
+    return {name: options[name] for name in options if name != YNN_FUSIONS or not leaves_out}
 
 
 def _without_fused_reductions(options: Options) -> Options:

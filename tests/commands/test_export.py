@@ -25,6 +25,7 @@ from cnn_jax.exported import open_exported
 from cnn_jax.models.folding import fold_batch_norms
 from cnn_jax.runtime.topologies import parse_topology
 from cnn_jax.trained import open_run
+from cnn_jax.training.miscompile import may_be_wrong
 
 SIZES = (1, 7, 64)
 
@@ -73,6 +74,13 @@ def expected_probabilities(run, images):
     logits = run.model.apply(run.variables, (pixels - 0.2860) / 0.3530, train=False)
     exponents = np.exp(np.asarray(logits, np.float64))
     return exponents / exponents.sum(axis=1, keepdims=True)
+
+
+def test_a_cpu_makes_its_convolutions_on_every_core(artefact):
+    """And free of the fusions that can be wrong, which nobody sees who compiles a file."""
+    text = open_exported(artefact).compile_probabilities(4).as_text()
+    assert re.search(r"^  %\S+ = \S+ convolution\(", text[text.index("ENTRY") :], re.MULTILINE)
+    assert not may_be_wrong(text)
 
 
 def test_a_process_without_this_package_has_the_same_probabilities(

@@ -77,7 +77,7 @@ class JaxSide:
             "device_kind": jax.devices()[0].device_kind,
             "versions": versions(),
             "options": {name: str(value) for name, value in options.items()},
-            "flags": {"XLA_FLAGS": os.environ.get("XLA_FLAGS", "")},
+            "flags": {name: os.environ.get(name, "") for name in ("XLA_FLAGS", "GLIBC_TUNABLES")},
             "compile_seconds": {"lowering": lowering, "compiling": compiling},
             "bytes": hlo.traffic(program).total,
             "launches": hlo.launches(program),

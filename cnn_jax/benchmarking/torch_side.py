@@ -70,7 +70,12 @@ class TorchSide:
             "versions": {"torch": torch.__version__},
             "flags": {
                 name: os.environ[name]
-                for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "KMP_BLOCKTIME")
+                for name in (
+                    "OMP_NUM_THREADS",
+                    "MKL_NUM_THREADS",
+                    "KMP_BLOCKTIME",
+                    "GLIBC_TUNABLES",
+                )
                 if name in os.environ
             },
             "threads": torch.get_num_threads(),

@@ -26,7 +26,7 @@ from cnn_jax.plan import Plan, make_plan, open_part
 from cnn_jax.runtime import distributed, executables
 from cnn_jax.runtime.checkpoint import Checkpoints
 from cnn_jax.runtime.compiler import CompilationCounter, told_by_environment
-from cnn_jax.runtime.platform import Interrupted, StopSignals, versions
+from cnn_jax.runtime.platform import Interrupted, StopSignals, advice_on_pages, versions
 from cnn_jax.runtime.report import (
     METRICS,
     Clock,
@@ -253,9 +253,16 @@ class _Training:
             except BaseException:
                 self.feeding.close()
                 raise
+            if plan.compiler.platform == "cpu" and (advice := advice_on_pages(self._temporaries())):
+                _say(f"memory     {advice}")
             self.eval_step = self.programs["evaluation"]
             self.stages.clear()  # of what the fingerprint has read
         self.progress = Progress(plan.total_steps, first_step=self.step)
+
+    def _temporaries(self) -> int:
+        """Returns the bytes of temporary memory that the largest training step takes."""
+        found = (self.programs[phase.name].memory_analysis() for phase in self.plan.phases)
+        return max((each.temp_size_in_bytes for each in found if each is not None), default=0)
 
     def run(self) -> int:
         """Trains to the last step; returns the exit code."""

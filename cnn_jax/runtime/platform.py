@@ -5,6 +5,7 @@ import importlib.metadata
 import os
 import platform
 import signal
+from pathlib import Path
 from types import FrameType, TracebackType
 
 import jax
@@ -27,6 +28,40 @@ def describe_devices() -> str:
     """Returns a line such as `8 x NVIDIA H200 (gpu), jax 0.10.2`."""
     kind = jax.devices()[0].device_kind
     return f"{jax.device_count()} x {kind} ({jax.default_backend()}), jax {jax.__version__}"
+
+
+HUGE_PAGES = "glibc.malloc.hugetlb"
+"""A tunable of glibc from 2.35 on; with 1, what malloc maps is of huge pages."""
+
+MAPPED_ANEW = 32 * 2**20
+"""Bytes of a block from which on glibc always gives it back when it is freed."""
+
+OFFERED = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+def advice_on_pages(temporaries: int) -> str:
+    """Returns what to set before a program for the CPU runs, or an empty string.
+
+    It has so many bytes of temporary arrays. glibc maps them for each call, and the kernel fills
+    them page by page, which takes a fifth of a ResNet-50 step (docs/performance.md) and with huge
+    pages next to nothing. A process is told of them when it starts, and not later.
+    """
+    told = os.environ.get("GLIBC_TUNABLES", "")
+    library, version = platform.libc_ver()
+    knows = library == "glibc" and tuple(map(int, version.split("."))) >= (2, 35)
+    if temporaries < MAPPED_ANEW or HUGE_PAGES in told or not knows:
+        return ""
+    try:
+        on_request = "[madvise]" in OFFERED.read_text()
+    except OSError:
+        return ""
+    setting = ":".join([*filter(None, [told]), f"{HUGE_PAGES}=1"])
+    return (
+        f"GLIBC_TUNABLES={setting} before the command would make steps quicker: they take "
+        f"{temporaries / 2**30:.1f} GiB of temporary memory, in pages of 4 KiB"
+        if on_request
+        else ""
+    )
 
 
 class Interrupted(BaseException):

@@ -122,6 +122,14 @@ def test_the_summary_names_what_is_written(train_here, complete):
         assert (complete / name).exists()
 
 
+@pytest.mark.usefixtures("compile_quickly")
+def test_what_steps_need_for_a_while_decides_on_advice(train_here, tmp_path, monkeypatch):
+    monkeypatch.setattr("cnn_jax.commands.train.advice_on_pages", lambda size: f"for {size} bytes")
+    code, output = train_here(tmp_path / "run", "--config.num_epochs=1")
+    assert code == 0, output
+    assert re.search(r"^memory     for [1-9]\d{4,6} bytes$", output, re.MULTILINE)
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("compile_quickly")
 def test_a_slow_source_is_waited_for(train_here, tmp_path, monkeypatch):

@@ -1,11 +1,21 @@
 """Signals, and what is said of the machine."""
 
 import os
+import platform as host
 import signal
+import subprocess
+import sys
 
 import pytest
 
-from cnn_jax.runtime.platform import Interrupted, StopSignals, describe_devices, versions
+from cnn_jax.runtime import platform
+from cnn_jax.runtime.platform import (
+    Interrupted,
+    StopSignals,
+    advice_on_pages,
+    describe_devices,
+    versions,
+)
 
 SIGNALS = [signal.SIGINT, signal.SIGTERM]
 
@@ -80,3 +90,69 @@ def test_other_errors_stay_what_they_are(signum):
     stop.defer()
     with pytest.raises(ImportError, match="no such thing"), stop:
         initialize_a_compiled_module(signum)
+
+
+@pytest.fixture
+def offering(monkeypatch, tmp_path):
+    """A machine that offers huge pages on request, with a glibc that can ask for them."""
+    monkeypatch.setattr(platform, "OFFERED", tmp_path / "enabled")
+    (tmp_path / "enabled").write_text("always [madvise] never\n")
+    monkeypatch.setattr(host, "libc_ver", lambda: ("glibc", "2.36"))
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    return tmp_path / "enabled"
+
+
+def test_large_temporaries_are_better_off_with_huge_pages(offering, monkeypatch):
+    advice = advice_on_pages(3 * 2**29)
+    assert advice.startswith("GLIBC_TUNABLES=glibc.malloc.hugetlb=1 before the command would ")
+    assert "1.5 GiB" in advice
+    assert advice_on_pages(2**24) == ""
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.check=1")
+    assert "GLIBC_TUNABLES=glibc.malloc.check=1:glibc.malloc.hugetlb=1 " in advice_on_pages(2**30)
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.hugetlb=0")
+    assert advice_on_pages(2**30) == ""
+
+
+@pytest.mark.parametrize("library", [("glibc", "2.31"), ("", "")])
+def test_no_advice_that_a_libc_does_not_know(offering, monkeypatch, library):
+    monkeypatch.setattr(host, "libc_ver", lambda: library)
+    assert advice_on_pages(2**30) == ""
+
+
+def test_no_advice_where_the_kernel_decides_by_itself(offering):
+    for offered in ("[always] madvise never", "always madvise [never]"):
+        offering.write_text(offered)
+        assert advice_on_pages(2**30) == ""
+    offering.unlink()
+    assert advice_on_pages(2**30) == ""
+
+
+FILLED = """
+import ctypes, resource
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+libc.free.argtypes = [ctypes.c_void_p]
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(3):
+    block = libc.malloc(2**26)
+    ctypes.memset(block, 1, 2**26)
+    libc.free(block)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(not advice_on_pages(2**30), reason="huge pages are not there on request")
+def test_what_is_advised_saves_page_faults():
+    plain, advised = (
+        int(
+            subprocess.run(
+                [sys.executable, "-c", FILLED],
+                env=os.environ | {"GLIBC_TUNABLES": f"glibc.malloc.hugetlb={each}"},
+                capture_output=True,
+                check=True,
+            ).stdout
+        )
+        for each in (0, 1)
+    )
+    assert plain >= 3 * 2**26 / 2**12
+    assert advised < plain / 2

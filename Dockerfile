@@ -12,7 +12,7 @@ COPY cnn_jax cnn_jax
 RUN pip install --no-cache-dir -e ".[$EXTRA]"
 COPY configs configs
 COPY train.py ./
-# Of large arrays on the host; docs/performance.md, "Memory of steps on a CPU".
+# Huge pages for large arrays on the host (docs/performance.md, "Memory of steps on a CPU").
 ENV GLIBC_TUNABLES=glibc.malloc.hugetlb=1
 
 ENTRYPOINT ["python", "train.py"]

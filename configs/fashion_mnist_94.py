@@ -9,8 +9,8 @@ whole images 93.4 %; on halved ones 10 of width 48 93.8, 15 94.0, and 20 of widt
 come as for configs/fashion_mnist.py. benchmarks/time_to_accuracy.py trains it beside PyTorch.
 
 Hardware: 2 cores of an AMD EPYC, jax 0.10.2
-Time: with 28 epochs and an earlier step, 19:09 from the command to the summary
-Test accuracy: with these 94.36 % (seed 0, last epoch)
+Time: 11:47 from the command to its end; the same in PyTorch 2.13.0: 10:30
+Test accuracy: 94.11 +- 0.19 % (mean and deviation of seeds 0, 1, 2, last epoch); PyTorch 94.14
 """
 
 from configs import fashion_mnist
@@ -23,5 +23,5 @@ def get_config():
     config.augment.alternate_flips = True
     config.schedule.name = "linear"
     config.eval.average_flips = True
-    config.eval.batch_size = 200  # fits the caches better than 1,024 and divides 10,000
+    config.eval.batch_size = 200  # divides 10,000; 256 take 0.95 of the time of 1,024
     return config

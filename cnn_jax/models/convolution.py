@@ -22,10 +22,10 @@ def convolve(
     """Returns `lax.conv_general_dilated` of the same arguments.
 
     On the CPU a 1x1 convolution is written as the matrix product `x[:, ::s, ::s] W` that it is, and
-    so are its gradients; that of another strided one, by the image, is taken `by_phases`. On a GPU
-    a strided convolution of few channels, the stem of a network, takes the pixels of a stride as
-    channels (`by_blocks`), because cuDNN fills them up with zeros for each tap of the kernel. The
-    programs of other platforms are the same as without this.
+    so are its gradients; the gradient by the image of a larger one with strides, but for the stem
+    of a network, is taken `by_phases`. On a GPU that stem, a strided convolution of few channels,
+    takes the pixels of a stride as channels (`by_blocks`), because cuDNN fills them up with zeros
+    for each tap of the kernel. The programs of other platforms are the same as without this.
     """
 
     def convolution(x: Any, kernel: Any) -> jax.Array:
@@ -132,7 +132,7 @@ def _with_derivative(
             parts.append(along_images(x_dot, kernel))
         if not isinstance(kernel_dot, SymbolicZero):
             parts.append(convolution(x, kernel_dot))
-        return convolution(x, kernel), sum(parts)
+        return convolution(x, kernel), functools.reduce(jnp.add, parts)
 
     return convolution
 

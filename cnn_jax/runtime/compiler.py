@@ -183,7 +183,9 @@ def _without_fused_reductions(options: Options) -> Options:
 
 def _has_groups(lowered: jax.stages.Lowered) -> bool:
     """Returns whether the program has a convolution of groups of channels."""
-    return re.search(r"feature_group_count = (?!1\b)", lowered.as_text()) is not None
+    module: Any = lowered.compiler_ir()
+    text = module.operation.get_asm(large_elements_limit=16)  # without the weights of an export
+    return re.search(r"feature_group_count = (?!1\b)", text) is not None
 
 
 _read_from_cache: weakref.WeakSet[jax.stages.Compiled] = weakref.WeakSet()

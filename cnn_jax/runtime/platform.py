@@ -4,6 +4,7 @@ import contextlib
 import importlib.metadata
 import os
 import platform
+import re
 import signal
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -48,19 +49,19 @@ def advice_on_pages(temporaries: int) -> str:
     """
     told = os.environ.get("GLIBC_TUNABLES", "")
     library, version = platform.libc_ver()
-    knows = library == "glibc" and tuple(map(int, version.split("."))) >= (2, 35)
+    knows = library == "glibc" and [int(part) for part in re.findall(r"\d+", version)] >= [2, 35]
     if temporaries < MAPPED_ANEW or HUGE_PAGES in told or not knows:
         return ""
     try:
         on_request = "[madvise]" in OFFERED.read_text()
     except OSError:
+        on_request = False
+    if not on_request:
         return ""
-    setting = ":".join([*filter(None, [told]), f"{HUGE_PAGES}=1"])
+    setting = ":".join(filter(None, [told, f"{HUGE_PAGES}=1"]))
     return (
-        f"GLIBC_TUNABLES={setting} before the command would make steps quicker: they take "
-        f"{temporaries / 2**30:.1f} GiB of temporary memory, in pages of 4 KiB"
-        if on_request
-        else ""
+        f"GLIBC_TUNABLES={setting} before the command would make steps quicker, which take "
+        f"{temporaries / 2**20:,.0f} MiB of temporary memory, in huge pages then"
     )
 
 

@@ -13,7 +13,7 @@ from cnn_jax import create_model
 from cnn_jax.models import batch_statistics
 from cnn_jax.models.batch_statistics import normalize, relu
 from cnn_jax.models.layers import ConvBlock
-from cnn_jax.runtime.compiler import OPTIONS
+from cnn_jax.runtime.compiler import compiler_settings
 
 EPSILON = 1e-5
 
@@ -70,6 +70,8 @@ def test_relu_and_its_gradient():
     assert y.tolist() == [0, 0, 0, 3]
     assert pull_back(jnp.asarray([5.0, 6.0, 7.0, 8.0]))[0].tolist() == [0, 0, 0, 8]
     assert jnp.isnan(relu(jnp.asarray([jnp.nan]))).all()
+    of_square = jax.vmap(jax.grad(jax.grad(lambda x: relu(x) ** 2)))
+    assert of_square(x).tolist() == [0, 0, 0, 2]
 
 
 def test_a_cpu_reorders_what_was_normalised_and_does_not_normalise_again():
@@ -86,7 +88,11 @@ def test_a_cpu_reorders_what_was_normalised_and_does_not_normalise_again():
     def loss(variables):
         return jnp.sum(jnp.sin(Two().apply(variables, images, mutable=True)[0]))
 
-    compiled = jax.jit(jax.grad(loss)).lower(variables).compile(compiler_options=OPTIONS["cpu"])
+    compiled = (
+        jax.jit(jax.grad(loss))
+        .lower(variables)
+        .compile(compiler_options=dict(compiler_settings("cpu").options))
+    )
     computations = re.findall(r"^%fused_.*?^}", compiled.as_text(), re.M | re.S)
     reorders = [text for text in computations if re.search(r"\[12,6,6,8\].* transpose\(", text)]
     assert len(reorders) == 1

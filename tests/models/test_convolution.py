@@ -1,5 +1,6 @@
 """Convolutions written otherwise where a platform gains by it: the same numbers."""
 
+import functools
 import re
 
 import jax
@@ -216,6 +217,27 @@ def test_a_strided_convolution_and_its_gradients(kernel_size, strides, padding, 
         return convolve(x, kernel, strides, padding, dimension_numbers=CHANNELS_LAST)
 
     check_by_a_loop(call, kernel_size, strides, padding, size, 17)
+
+
+def test_a_strided_convolution_has_the_gradient_by_one_argument_alone():
+    """As a frozen kernel or an image has; also in bfloat16, image by image and made again."""
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(2, 6, 6, 8)), jnp.bfloat16)
+    kernel = jnp.asarray(rng.normal(size=(3, 3, 8, 5)), jnp.bfloat16)
+
+    def loss(convolution, x, kernel):
+        y = convolution(x, kernel, (2, 2), [(1, 1)] * 2, dimension_numbers=CHANNELS_LAST)
+        return jnp.sum(jnp.square(y.astype(jnp.float32)))
+
+    exact = functools.partial(loss, jax.lax.conv_general_dilated)
+    of_x, of_kernel = jax.grad(exact, (0, 1))(x.astype(jnp.float32), kernel.astype(jnp.float32))
+    ours = functools.partial(loss, convolve)
+    by_image = jax.vmap(jax.grad(lambda x: ours(x[None], kernel)))(x)
+    by_kernel = jax.grad(jax.checkpoint(functools.partial(ours, x)))(kernel)
+    for found, expected in ((by_image, of_x), (by_kernel, of_kernel)):
+        assert found.dtype == jnp.bfloat16
+        error = np.abs(found.astype(jnp.float32) - expected).max()
+        assert error <= 0.02 * np.abs(expected).max()
 
 
 @pytest.mark.parametrize(("platform", "zeros"), [("cpu", 0), ("cuda", 1), ("tpu", 1)])

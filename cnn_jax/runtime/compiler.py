@@ -169,8 +169,10 @@ def unseen_options(lowered: jax.stages.Lowered) -> Options:
 
 def _fitting(lowered: jax.stages.Lowered, options: Options) -> dict[str, bool | str]:
     """Returns those of the options that are for this program."""
-    leaves_out = YNN_FUSIONS in options and _has_groups(lowered)
-    return {name: options[name] for name in options if name != YNN_FUSIONS or not leaves_out}
+    fitting = dict(options)
+    if YNN_FUSIONS in fitting and _has_groups(lowered):
+        del fitting[YNN_FUSIONS]
+    return fitting
 
 
 def _without_fused_reductions(options: Options) -> Options:

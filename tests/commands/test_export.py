@@ -225,7 +225,6 @@ COMPILE = """
 import json, sys, zipfile
 import jax, jax.export
 from jax.sharding import SingleDeviceSharding
-from cnn_jax.runtime.compiler import YNN_FUSIONS
 from cnn_jax.runtime.topologies import parse_topology
 
 with zipfile.ZipFile(sys.argv[1]) as file:

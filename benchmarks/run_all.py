@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.static_table import provenance
+from cnn_jax.runtime.platform import HUGE_PAGES
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -43,12 +44,20 @@ class Measure:
       platform: "cpu" or "gpu", where it is to be taken.
       targets: by peer, the least speed as a share of that peer's.
       minutes: it takes about, on 2 cores or on a card.
+      environment: what stands before the command, variables of the environment and their values.
     """
 
     arguments: str
     platform: str
     targets: Mapping[str, float]
     minutes: int
+    environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    @property
+    def command(self) -> str:
+        """Returns the command as it is typed."""
+        before = [f"{name}={value}" for name, value in self.environment.items()]
+        return " ".join([*before, "python -m cnn_jax bench", self.arguments])
 
 
 RESNET50 = "--model resnet50 --image 224"
@@ -58,6 +67,13 @@ MEASURES = {
         platform="cpu",
         targets={"linen": 2.0, "torch": 0.9},
         minutes=10,
+    ),
+    "cpu_resnet50_step_huge_pages": Measure(
+        f"step {RESNET50} --batch 16 --precision float32 --peer linen,torch",
+        platform="cpu",
+        targets={"linen": 2.0, "torch": 0.9},
+        minutes=10,
+        environment={"GLIBC_TUNABLES": f"{HUGE_PAGES}=1"},
     ),
     "cpu_quickstart_step": Measure(
         "step --config configs/quickstart.py --peer linen,torch",
@@ -115,10 +131,11 @@ def take(name: str) -> bool:
     path = path_of(name)
     fresh = path.with_suffix(".json.new")
     fresh.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "cnn_jax", "bench", *MEASURES[name].arguments.split()]
-    print(f"{name}: python -m cnn_jax bench {MEASURES[name].arguments}", flush=True)
+    measure = MEASURES[name]
+    command = [sys.executable, "-m", "cnn_jax", "bench", *measure.arguments.split()]
+    print(f"{name}: {measure.command}", flush=True)
     start = time.perf_counter()
-    environment = os.environ | {
+    environment = {**os.environ, **measure.environment} | {
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     }
     done = subprocess.run([*command, "--json", str(fresh)], cwd=ROOT, env=environment)
@@ -126,7 +143,7 @@ def take(name: str) -> bool:
     if done.returncode != 0:
         return False
     result = json.loads(fresh.read_text())
-    result["command"] = f"python -m cnn_jax bench {MEASURES[name].arguments}"
+    result["command"] = measure.command
     result["commit"] = provenance()["commit"]
     fresh.write_text(json.dumps(result, indent=2) + "\n")
     fresh.replace(path)
@@ -182,6 +199,7 @@ def render(results: Mapping[str, Mapping[str, Any]]) -> str:
     lines += [
         "",
         *(f"- {', '.join(names)}: {origin}" for origin, names in origins.items()),
+        *(f"- `{name}`: `{MEASURES[name].command}`" for name in results),
         f"- not measured yet: {', '.join(missing) or 'nothing'}",
     ]
     return "\n".join(lines)
@@ -224,9 +242,10 @@ def main() -> int:
         if name not in MEASURES:
             parser.error(f"--only {name}: must be one of {', '.join(MEASURES)}")
     if options.list:
+        width = max(map(len, MEASURES))
         for name, measure in MEASURES.items():
             kept = "kept" if path_of(name).exists() else "not yet"
-            print(f"{name:<26}{measure.platform}  about {measure.minutes} minutes  {kept}")
+            print(f"{name:<{width}}  {measure.platform}  about {measure.minutes} minutes  {kept}")
         return 0
     refused = []
     if not options.render:

@@ -77,7 +77,11 @@ class JaxSide:
             "device_kind": jax.devices()[0].device_kind,
             "versions": versions(),
             "options": {name: str(value) for name, value in options.items()},
-            "flags": {name: os.environ.get(name, "") for name in ("XLA_FLAGS", "GLIBC_TUNABLES")},
+            "flags": {
+                name: os.environ[name]
+                for name in ("XLA_FLAGS", "GLIBC_TUNABLES")
+                if name in os.environ
+            },
             "compile_seconds": {"lowering": lowering, "compiling": compiling},
             "bytes": hlo.traffic(program).total,
             "launches": hlo.launches(program),

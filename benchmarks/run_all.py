@@ -135,8 +135,10 @@ def take(name: str) -> bool:
     command = [sys.executable, "-m", "cnn_jax", "bench", *measure.arguments.split()]
     print(f"{name}: {measure.command}", flush=True)
     start = time.perf_counter()
-    environment = {**os.environ, **measure.environment} | {
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    environment = {
+        **os.environ,
+        **measure.environment,
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
     }
     done = subprocess.run([*command, "--json", str(fresh)], cwd=ROOT, env=environment)
     print(f"{name}: exit code {done.returncode}, {time.perf_counter() - start:.0f} s\n", flush=True)

@@ -1,7 +1,6 @@
 """The sides that run on JAX: this package, and the plain linen network beside it."""
 
 import functools
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +13,7 @@ import numpy as np
 import optax
 
 from cnn_jax.benchmarking.linen_resnet import plain_network, plain_variables
+from cnn_jax.benchmarking.machine import told
 from cnn_jax.benchmarking.workload import (
     LEARNING_RATE,
     MEAN,
@@ -77,11 +77,7 @@ class JaxSide:
             "device_kind": jax.devices()[0].device_kind,
             "versions": versions(),
             "options": {name: str(value) for name, value in options.items()},
-            "flags": {
-                name: os.environ[name]
-                for name in ("XLA_FLAGS", "GLIBC_TUNABLES")
-                if name in os.environ
-            },
+            "flags": told("XLA_FLAGS", "GLIBC_TUNABLES"),
             "compile_seconds": {"lowering": lowering, "compiling": compiling},
             "bytes": hlo.traffic(program).total,
             "launches": hlo.launches(program),

@@ -25,6 +25,11 @@ def describe_machine() -> str:
     return f"{num_cores()} cores of {name}, {platform.system()}"
 
 
+def told(*names: str) -> dict[str, str]:
+    """Returns those of these variables of the environment that are set, and their values."""
+    return {name: os.environ[name] for name in names if name in os.environ}
+
+
 def clocks() -> dict[str, str]:
     """Returns the clocks of processor and cards at this moment, and what governs them."""
     found = {}

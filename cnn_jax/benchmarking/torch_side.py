@@ -3,7 +3,6 @@
 Only the process of that peer imports this module, and PyTorch with it.
 """
 
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from cnn_jax.benchmarking.machine import num_cores
+from cnn_jax.benchmarking.machine import num_cores, told
 from cnn_jax.benchmarking.torch_resnet import make_resnet
 from cnn_jax.benchmarking.workload import (
     LEARNING_RATE,
@@ -68,16 +67,7 @@ class TorchSide:
         self.facts = {
             "parameters": sum(x.numel() for x in network.parameters()),
             "versions": {"torch": torch.__version__},
-            "flags": {
-                name: os.environ[name]
-                for name in (
-                    "OMP_NUM_THREADS",
-                    "MKL_NUM_THREADS",
-                    "KMP_BLOCKTIME",
-                    "GLIBC_TUNABLES",
-                )
-                if name in os.environ
-            },
+            "flags": told("OMP_NUM_THREADS", "MKL_NUM_THREADS", "KMP_BLOCKTIME", "GLIBC_TUNABLES"),
             "threads": torch.get_num_threads(),
             "platform": {"cuda": "gpu", "cpu": "cpu"}[self._device.type],
             "compile_seconds": {"compiling": compiling},

@@ -14,6 +14,7 @@ from cnn_jax.config import Config, ConfigError, completed, parse
 from cnn_jax.data.datasets import DatasetInfo
 from cnn_jax.data.sources import Source
 from cnn_jax.errors import UserError
+from cnn_jax.models.folding import fold_batch_norms
 from cnn_jax.models.torch_weights import from_variables
 from cnn_jax.plan import as_evaluated, decisive, make_model, normalization, open_part
 from cnn_jax.runtime.checkpoint import find_damage
@@ -121,17 +122,26 @@ class Trained:
             num_threads=num_threads,
         )
 
+    def without_batch_norms(self) -> "Trained":
+        """Returns the same network with fewer operations, or itself; see `models.folding`."""
+        images = jax.ShapeDtypeStruct((1, *self.dataset.image_shape), self.config.precision)
+        model, variables = fold_batch_norms(self.model, self.variables, images)
+        return dataclasses.replace(self, model=model, variables=variables)
+
     def compile_logits(self, batch_size: int) -> Callable[[RawImages], jax.Array]:
         """Returns a compiled function of `batch_size` uint8 images: float32 logits [b, k].
 
-        They are those that the run's test figures are of.
+        They are those that the run's test figures are of, but for rounding: BatchNorms are folded
+        where that is float32's.
         """
-        model = as_evaluated(self.model, self.config)
+        exact = self.config.precision == "float32"
+        run = self.without_batch_norms() if exact else self
+        model = as_evaluated(run.model, run.config)
 
         def logits(variables: Any, images: Images) -> jax.Array:
             return model.apply(variables, images, train=False)
 
-        return self.compile("logits", logits, batch_size)
+        return run.compile("logits", logits, batch_size)
 
     def compile(
         self,

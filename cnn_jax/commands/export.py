@@ -17,7 +17,6 @@ import numpy as np
 
 from cnn_jax.errors import UserError
 from cnn_jax.exported import DESCRIPTION, PROGRAM
-from cnn_jax.models.folding import fold_batch_norms
 from cnn_jax.plan import as_evaluated
 from cnn_jax.runtime.compiler import compile_program, unseen_options
 from cnn_jax.runtime.platform import versions
@@ -172,17 +171,14 @@ def _probabilities_of(run: Trained, images: RawImages) -> np.ndarray:
 
 def _probabilities(run: Trained) -> tuple[Callable[[RawImages], jax.Array], bool]:
     """Returns the function, and whether it has lost its BatchNorms."""
-    shape = run.dataset.image_shape
-    image = jax.ShapeDtypeStruct((1, *shape), jnp.dtype(run.config.precision))
-    model, variables = fold_batch_norms(run.model, run.variables, image)
-
-    evaluated = as_evaluated(model, run.config)
+    folded = run.without_batch_norms()
+    model = as_evaluated(folded.model, folded.config)
 
     def probabilities(images: RawImages) -> jax.Array:
-        logits: Any = evaluated.apply(variables, run.normalize(images), train=False)
+        logits: Any = model.apply(folded.variables, folded.normalize(images), train=False)
         return jax.nn.softmax(logits)
 
-    return probabilities, model is not run.model
+    return probabilities, folded.model is not run.model
 
 
 def _description(run: Trained, folded: bool) -> dict[str, Any]:

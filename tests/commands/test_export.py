@@ -140,7 +140,7 @@ def test_a_network_that_is_folded_wrong_is_not_written(reference, tmp_path, caps
         folded, variables = fold_batch_norms(model, variables, image)
         return folded, jax.tree.map(lambda x: x * 1.01, variables)
 
-    monkeypatch.setattr("cnn_jax.commands.export.fold_batch_norms", wrong)
+    monkeypatch.setattr("cnn_jax.trained.fold_batch_norms", wrong)
     assert main(["export", f"--workdir={reference}", f"--to={tmp_path / 'new.zip'}"]) == 1
     said = capsys.readouterr().err
     assert said.startswith("export: as stablehlo it computes other probabilities than the run's")

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 from driver import ROOT, Child, read_metrics, read_state
@@ -20,7 +21,7 @@ from cnn_jax.__main__ import main
 from cnn_jax.commands import evaluate as command_evaluate
 from cnn_jax.commands import inspect as command_inspect
 from cnn_jax.data.sources import open_source
-from cnn_jax.trained import open_run
+from cnn_jax.trained import Trained, open_run
 
 
 @pytest.fixture
@@ -72,6 +73,24 @@ def test_the_weights_are_those_of_the_checkpoint(reference):
     saved = read_state(reference / "checkpoints" / "24")
     stem = open_run(reference).variables["params"]["stem"]["conv"]["kernel"]
     np.testing.assert_array_equal(stem, saved["['params']['stem']['conv']['kernel']"])
+
+
+@pytest.mark.parametrize(("which", "folded"), [("reference", True), ("in_bfloat16", False)])
+def test_batch_norms_are_folded_where_rounding_is_that_of_float32(
+    which, folded, test_set, probabilities, monkeypatch, request
+):
+    compiled = []
+    compile_of = Trained.compile
+    monkeypatch.setattr(
+        Trained, "compile", lambda run, *args: compiled.append(run) or compile_of(run, *args)
+    )
+    images = test_set["image"]
+    logits = open_run(request.getfixturevalue(which)).compile_logits(len(images))(images)
+    (run,) = compiled
+    assert (run.model.norm == "none") is folded
+    assert ("batch_stats" not in run.variables) is folded
+    tolerance = 1e-6 if folded else 1e-2
+    np.testing.assert_allclose(jax.nn.softmax(logits), probabilities, rtol=0, atol=tolerance)
 
 
 def test_evaluate_scores_every_example_once(

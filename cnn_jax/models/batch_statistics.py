@@ -182,7 +182,7 @@ def rectified(x: Array) -> Any:
 
 
 def _chosen(x: Any) -> Any:
-    return jnp.where(x <= 0, jnp.zeros_like(x), x)  # and its derivative is 0 at 0
+    return jnp.where(x <= 0, jnp.zeros_like(x), x)
 
 
 def _larger(x: Any) -> Any:

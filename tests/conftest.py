@@ -8,10 +8,19 @@ os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", "")  # none: neither read nor write the user's
 
 import jax
+import jaxtyping
 import pytest
 from jaxtyping import install_import_hook
 
 install_import_hook(["cnn_jax.models", "cnn_jax.training"], "type_checks.of_module_level")
+
+
+@pytest.fixture
+def untyped():
+    """As in use: only tests check annotations as they go."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture(scope="module")

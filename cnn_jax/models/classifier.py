@@ -177,11 +177,13 @@ class Classifier(nn.Module):
 
 def check_images(images: Images, stride: int) -> None:
     """Raises ValueError unless these are images of at least `stride` pixels each way."""
-    if images.ndim != 4 or min(images.shape[1:3]) < stride or images.shape[-1] < 1:
+    if images.ndim != 4 or any(size < stride for size in images.shape[1:3]) or not images.shape[-1]:
         raise ValueError(
             f"images of shape {tuple(images.shape)}: must be [batch, height, width, channels] "
             f"with height and width of at least {stride} pixels, the stride of the last stage"
         )
+    if jnp.issubdtype(images.dtype, jnp.complexfloating):
+        raise ValueError(f"images of {images.dtype}: must be real numbers")
 
 
 def depth_rates(rate: float, stage_sizes: Sequence[int]) -> list[list[float]]:

@@ -32,7 +32,7 @@ def convolve(
         return lax.conv_general_dilated(x, kernel, strides, padding, **arguments)
 
     def product(x: Any, kernel: Any) -> jax.Array:
-        pixels = x[:, :: strides[0], :: strides[1], :]
+        pixels = lax.slice(x, (0,) * 4, x.shape, (1, *strides, 1))
         # In one axis: of more, XLA would reorder the whole cotangent for the kernel's gradient.
         rows = pixels.reshape(-1, pixels.shape[3])
         outputs = lax.dot(rows, kernel[0, 0], precision=arguments.get("precision"))

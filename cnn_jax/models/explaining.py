@@ -79,19 +79,23 @@ def class_activation_map(
     Args:
       model, variables: the network.
       images: normalised, [b, h, w, c].
-      classes: one for each image.
+      classes: one for each image; of one that does not exist the map is NaN.
       layer: path of a module as in `feature_maps`; by default the last outermost one with a map.
       method: one of `METHODS`.
 
-    Raises ValueError for an unknown method or layer.
+    Raises ValueError for an unknown method or layer, a model that gives no logits, or another
+    number of classes than images.
     """
     if method not in METHODS:
         raise ValueError(f"method={method!r}: must be one of {', '.join(map(repr, METHODS))}")
     shapes = feature_shapes(model, variables, images)
     layer = last_stage(shapes) if layer is None else layer
     _refuse_unknown(layer, shapes)
+    classes = jnp.asarray(classes)
+    if classes.shape != images.shape[:1]:
+        raise ValueError(f"classes of shape {classes.shape}: must be one for each image")
 
-    def logits_of_classes(change: Any) -> tuple[jax.Array, FeatureMap]:
+    def logits_of_classes(change: Any) -> tuple[jax.Array, tuple[FeatureMap, jax.Array]]:
         seen = []
 
         def add(call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
@@ -102,14 +106,18 @@ def class_activation_map(
             return output + change
 
         with nn.intercept_methods(add):
-            logits = model.apply(variables, images, train=False)
-        chosen = jnp.take_along_axis(jnp.asarray(logits), jnp.asarray(classes)[:, None], axis=1)
-        return jnp.sum(chosen), seen[-1]
+            logits: Any = model.apply(variables, images, train=False)
+        if getattr(logits, "ndim", 0) != 2:
+            raise ValueError("the model gives no logits [b, k]; it has features_only=True, perhaps")
+        is_class = (classes >= 0) & (classes < logits.shape[1])
+        chosen = jnp.take_along_axis(logits, jnp.where(is_class, classes, 0)[:, None], axis=1)
+        return jnp.sum(chosen), (seen[-1], is_class)
 
     zeros = jnp.zeros(shapes[layer].shape, shapes[layer].dtype)
-    gradient, maps = jax.grad(logits_of_classes, has_aux=True)(zeros)
+    gradient, (maps, is_class) = jax.grad(logits_of_classes, has_aux=True)(zeros)
     weights = _weights(maps, gradient, method)
-    return jax.nn.relu(jnp.sum(weights * maps, axis=-1))
+    found = jax.nn.relu(jnp.sum(weights * maps, axis=-1))
+    return jnp.where(is_class[:, None, None], found, jnp.nan)
 
 
 def _refuse_unknown(layer: str, shapes: Mapping[str, Any]) -> None:

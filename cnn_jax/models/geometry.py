@@ -83,7 +83,7 @@ def receptive_field(layers: Iterable[Sequence[int]]) -> int:
     """
     field, jump = 1, 1
     for layer in layers:
-        if len(layer) not in (2, 3):
+        if not isinstance(layer, Sequence) or len(layer) not in (2, 3):
             raise ValueError(
                 f"layers: {layer!r}: must be (kernel_size, strides) or "
                 "(kernel_size, strides, dilation)"

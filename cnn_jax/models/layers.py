@@ -107,7 +107,7 @@ class ConvBlock(nn.Module):
             name="conv",
             **grouped,
         )(x)
-        if 0 in x.shape:
+        if 0 in x.shape[1:3]:
             raise ValueError(
                 f"kernel_size={self.kernel_size}, padding={self.padding}: must leave an output of "
                 "at least one pixel"

@@ -62,8 +62,9 @@ class BatchNorm(nn.Module):
     def __call__(self, x: FeatureMap, *, rectify: bool = False) -> FeatureMap:
         """Returns x normalised, through a ReLU if `rectify`, whose gradient is then cheaper.
 
-        Raises ValueError for one value a channel where `unbiased` needs two, for a `group_size`
-        that does not divide the batch, and for groups that do not divide into the rows.
+        Raises ValueError for an empty batch in training, for one value a channel where `unbiased`
+        needs two, for a `group_size` that does not divide the batch, and for groups that do not
+        divide into the rows.
         """
         shape = x.shape[-1:]
         scale = self.param("scale", self.scale_init, shape, jnp.float32)
@@ -73,6 +74,8 @@ class BatchNorm(nn.Module):
 
         dtype = self.dtype or jnp.promote_types(x.dtype, jnp.float32)
         if not self.use_running_average:
+            if 0 in x.shape:
+                raise ValueError(f"a batch of shape {x.shape} has no statistics to train on")
 
             def normalized(x: Any) -> Any:
                 return normalize(x, scale, bias, self.epsilon, rectify, dtype)

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -173,13 +174,13 @@ class Tensor:
     shape: tuple[int, ...]
 
     def from_torch(self, array: np.ndarray) -> np.ndarray:
-        """Returns the leaf that `array` gives."""
+        """Returns the leaf that `array` gives, a copy: torch changes its arrays in place."""
         bare = array.reshape(self.shape[: len(self.axes)])
-        return np.asarray(bare.transpose(np.argsort(self.axes)), order="C")
+        return np.array(bare.transpose(np.argsort(self.axes)), order="C")
 
     def to_torch(self, leaf: Any) -> np.ndarray:
-        """Returns the tensor that `leaf` gives."""
-        return np.asarray(np.asarray(leaf).transpose(self.axes), order="C").reshape(self.shape)
+        """Returns the tensor that `leaf` gives, a copy likewise."""
+        return np.array(np.asarray(leaf).transpose(self.axes), order="C").reshape(self.shape)
 
     def fits(self, array: np.ndarray) -> bool:
         """Returns whether the array is one of numbers with a fraction, and of this shape."""
@@ -189,20 +190,29 @@ class Tensor:
 def from_torch(
     tensors: Mapping[str, np.ndarray], like: Mapping[str, Any], *, ignore: Iterable[str] = ()
 ) -> dict[str, Any]:
-    """Returns the variables that a state dict holds, in its own dtypes.
+    """Returns the variables that a state dict holds, in its own dtypes, copied.
 
     Args:
-      tensors: arrays by torch name, with or without the prefixes of wrapped modules. Which library
+      tensors: NumPy arrays by torch name, `{name: x.numpy() for name, x in
+        model.state_dict().items()}`, with or without the prefixes of wrapped modules. Which library
         they are named after is found out from the names.
-      like: the variables of the model, abstract ones will do.
+      like: all variables of the model, `{"params": ..., "batch_stats": ...}`; abstract ones will
+        do.
       ignore: parts that are left as they stand in `like`, and whose tensors may be missing or of
         any shape: paths in `like` ("head", "stage4_block1/conv1") or names in `tensors` ("aux1").
 
     Raises:
-      UserError: the model has no torch names.
+      UserError: the model has no torch names, `tensors` has something else than arrays, or `like`
+        is a part of the variables.
       WeightsError: tensors are missing, unexpected, or of another shape or kind, or there is
         nothing of a part to ignore; all are named.
     """
+    for name, value in tensors.items():
+        if not isinstance(value, np.ndarray | np.generic | jax.Array):
+            raise UserError(
+                f"{name}: is a {type(value).__name__}, must be a NumPy array; of a torch model: "
+                "{name: x.numpy() for name, x in model.state_dict().items()}"
+            )
     tensors, leaves = _unwrapped(tensors), _leaves(like)
     known = _tensors(leaves, recognize(tensors, like))
     values = _account(tensors, known, counters=_counters(known), ignore=ignore)
@@ -339,6 +349,11 @@ def unfold_conv_biases(variables: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _leaves(variables: Mapping[str, Any]) -> dict[Path, Any]:
+    if "params" not in variables:
+        raise UserError(
+            f"variables of {', '.join(variables) or 'nothing'}: must be all of the model's, "
+            '{"params": ..., "batch_stats": ...}'
+        )
     flat: Any = flatten_dict(variables)
     return flat
 
@@ -356,7 +371,7 @@ class _Ignored:
     """The parts to ignore, and which of them have been met."""
 
     def __init__(self, parts: Iterable[str]):
-        self._met = dict.fromkeys(parts, False)
+        self._met = dict.fromkeys([parts] if isinstance(parts, str) else parts, False)
 
     def covers(self, *names: str) -> bool:
         """Returns whether one of the names is that of a part, or of something in it."""

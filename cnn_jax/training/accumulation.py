@@ -22,8 +22,11 @@ def accumulate(gradients: Gradients, steps: int) -> Gradients:
     Micro-batch i holds the examples i, i + steps, i + 2 steps, ...: every device has an equal share
     of them in its own part of the batch, so none travels, and which they are depends on no device.
 
-    The function that is returned raises ValueError for a batch that does not divide.
+    Raises ValueError for less than one; so does the function that is returned, for a batch that
+    does not divide.
     """
+    if steps < 1:
+        raise ValueError(f"accumulate_steps={steps}: must be >= 1")
     if steps == 1:
         return gradients
 

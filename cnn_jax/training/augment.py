@@ -112,7 +112,14 @@ def make_augment(
 def normalize(
     images: Images, *, mean: Sequence[float], std: Sequence[float], dtype: DTypeLike
 ) -> Images:
-    """Returns `(images / 255 - mean) / std` by channel, computed in float32, as `dtype`."""
+    """Returns `(images / 255 - mean) / std` by channel, computed in float32, as `dtype`.
+
+    Raises ValueError where mean and std are neither one nor one for each channel.
+    """
+    if len(mean) not in (1, images.shape[-1]):
+        raise ValueError(
+            f"mean and std of {len(mean)} channels: the images have {images.shape[-1]}"
+        )
     by_channel = (1, 1, 1, -1)
     scale = jnp.asarray([1 / (255 * s) for s in std], jnp.float32).reshape(by_channel)
     offset = jnp.asarray([m / s for m, s in zip(mean, std, strict=True)], jnp.float32)

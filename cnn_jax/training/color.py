@@ -1,5 +1,6 @@
 """Random changes of colour, by the formulas of torchvision's ColorJitter for floats."""
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -66,8 +67,16 @@ def jitter_color(
 
     Each of the first three is multiplied by a factor from `max(0, 1 - x)` to `1 + x`, the hue moved
     by up to `hue` of the colour circle, 0.5 at most. Images have 1 channel or 3; those of 1 have
-    neither saturation nor hue. Raises ValueError for others.
+    neither saturation nor hue. Raises ValueError for others, and for a number that cannot be.
     """
+    for name, width, most in (
+        ("brightness", brightness, math.inf),
+        ("contrast", contrast, math.inf),
+        ("saturation", saturation, math.inf),
+        ("hue", hue, 0.5),
+    ):
+        if not 0 <= width <= most:
+            raise ValueError(f"{name}={width}: must be from 0 to {most}")
     if images.shape[-1] not in (1, 3):
         raise ValueError(f"images of {images.shape[-1]} channels: colours need 1 or 3")
     changes: tuple[tuple[float, float, Callable[[Image, Number], Image]], ...] = (

@@ -14,13 +14,14 @@ Frozen: TypeAlias = Callable[[str], bool]
 """Whether a parameter is frozen, by its path: "stage1_block1/conv1/conv/kernel"."""
 
 
-def train_only(patterns: Sequence[str], params: Any) -> Frozen:
+def train_only(patterns: str | Sequence[str], params: Any) -> Frozen:
     """Returns what freezes every parameter whose path none of the regular `patterns` begins.
 
     A pattern ends where a name does: "head" is "head/kernel" and "head/bias", "stage4_block.*" all
     blocks of the fourth stage. Without patterns nothing is frozen. Raises UserError for a pattern
     that is no regular expression, or that names nothing among `params`.
     """
+    patterns = [patterns] if isinstance(patterns, str) else patterns
     paths = [_path(path) for path, _ in jax.tree.leaves_with_path(params)]
     parts = {path.partition("/")[0] for path in paths}
     matches = []

@@ -7,14 +7,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cnn_jax.typing import Labels, Logits, Metrics, PerExample
+from cnn_jax.typing import Logits, Metrics, PerExample, Targets
 
 
-def metric_sums(logits: Logits, labels: Labels, losses: PerExample, mask: PerExample) -> Metrics:
-    """Returns the sums of `loss` and of `accuracy` (1 where right) over `count` real examples."""
-    right = jnp.argmax(logits, axis=-1) == labels
+def metric_sums(logits: Logits, labels: Targets, losses: PerExample, mask: PerExample) -> Metrics:
+    """Returns the sums of `loss` and of `accuracy` (1 where right) over `count` real examples.
+
+    Of shares the largest is right. A `mask` between 0 and 1 weighs an example. Raises ValueError
+    where the losses are not one for each.
+    """
+    if losses.shape != mask.shape:
+        raise ValueError(
+            f"the loss must return one number for each example, {mask.shape}, and returns "
+            f"{losses.shape}; their mean is taken where the gradient is"
+        )
+    classes = jnp.argmax(labels, axis=-1) if labels.ndim == logits.ndim else labels
+    right = jnp.argmax(logits, axis=-1) == classes
     return {
-        "loss": jnp.sum(jnp.where(mask > 0, losses, 0.0)),
+        "loss": jnp.sum(jnp.where(mask > 0, losses * mask, 0.0)),
         "accuracy": jnp.sum(right * mask),
         "count": jnp.sum(mask),
     }

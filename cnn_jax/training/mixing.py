@@ -15,10 +15,11 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Key
 
 from cnn_jax.training.augment import Keys, example_keys, fold_in
-from cnn_jax.typing import FeatureMap, Labels, PerClass, PerExample
+from cnn_jax.training.losses import shares_of
+from cnn_jax.typing import FeatureMap, Labels, PerClass, PerExample, Targets
 
 Mix: TypeAlias = Callable[
-    [FeatureMap, Labels, Key[Array, ""], Labels, Labels], tuple[FeatureMap, PerClass]
+    [FeatureMap, Targets, Key[Array, ""], Labels, Labels], tuple[FeatureMap, PerClass]
 ]
 """`mix(images, labels, root key, epoch, index)` returns images and the shares of the classes."""
 
@@ -99,16 +100,24 @@ def make_mix(
     """Returns the chosen changes of normalised images as one function.
 
     Shares are of a Beta(alpha, alpha) distribution; 0 is never. With both alphas an example is
-    mixed the one way or the other, with probability one half.
+    mixed the one way or the other, with probability one half. Raises ValueError for a number below
+    0 or a probability above 1.
     """
+    for name, value, most in (
+        ("erase_probability", erase_probability, 1.0),
+        ("mixup_alpha", mixup_alpha, math.inf),
+        ("cutmix_alpha", cutmix_alpha, math.inf),
+    ):
+        if not 0 <= value <= most:
+            raise ValueError(f"{name}={value}: must be from 0 to {most}")
 
     def mix(
-        images: FeatureMap, labels: Labels, key: Key[Array, ""], epoch: Labels, index: Labels
+        images: FeatureMap, labels: Targets, key: Key[Array, ""], epoch: Labels, index: Labels
     ) -> tuple[FeatureMap, PerClass]:
         keys = example_keys(key, epoch, index)
         if erase_probability:
             images = random_erase(images, fold_in(keys, 4), probability=erase_probability)
-        targets = jax.nn.one_hot(labels, num_classes)
+        targets = shares_of(labels, (len(labels), num_classes))
         if not mixup_alpha and not cutmix_alpha:
             return images, targets
         cuts = jax.vmap(jax.random.bernoulli)(fold_in(keys, 7))

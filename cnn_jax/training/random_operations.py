@@ -38,9 +38,13 @@ def rand_augment(
 ) -> RawImages:
     """Returns each image after `num_operations` of `OPERATIONS`, drawn with replacement.
 
-    Those with a direction take either with probability one half. Images have 1 channel or 3; raises
-    ValueError for others.
+    Those with a direction take either with probability one half. Images are uint8 and have 1
+    channel or 3, the magnitude is from 0 to `STRONGEST`; raises ValueError for others.
     """
+    if images.dtype != jnp.uint8:
+        raise ValueError(f"images of {images.dtype}: RandAugment needs pixels in uint8")
+    if not 0 <= magnitude <= STRONGEST:
+        raise ValueError(f"magnitude={magnitude}: must be from 0 to {STRONGEST}")
     if images.shape[-1] not in (1, 3):
         raise ValueError(f"images of {images.shape[-1]} channels: RandAugment needs 1 or 3")
 

@@ -11,6 +11,7 @@ import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.core import Tracer
 
+from cnn_jax.errors import nearest
 from cnn_jax.training.miscompile import warn_if_exposed
 from cnn_jax.typing import Images
 
@@ -34,7 +35,12 @@ class TrainState:
     ema: Any = flax.struct.field(default_factory=dict)
 
     def averaged(self) -> "TrainState":
-        """Returns the state with the moving averages in the place of what they average."""
+        """Returns the state with the moving averages in the place of what they average.
+
+        Raises ValueError where it has none.
+        """
+        if not self.ema:
+            raise ValueError("the state has no moving averages: make it by init_state(ema=True)")
         return dataclasses.replace(
             self, params=self.ema["params"], batch_stats=self.ema["batch_stats"]
         )
@@ -63,17 +69,18 @@ def init_state(
 ) -> TrainState:
     """Returns the state at step 0; only the shape and dtype of `images` matter.
 
-    Variables in `weights` take the place of the random ones that the model starts with. With `ema`
-    the state has moving averages, which begin at these. Warns
-    where programs on this machine may be wrong, see `cnn_jax.training.miscompile`, unless `images`
-    are traced, as the commands have it: they compile in a way that avoids it.
+    Variables in `weights`, all or some of them, take the place of the random ones that the model
+    starts with, in the dtype of these. With `ema` the state has moving averages, which begin at
+    these. Warns where programs on this machine may be wrong, see `cnn_jax.training.miscompile`,
+    unless `images` are traced, as the commands have it: they compile in a way that avoids it.
+
+    Raises ValueError for weights that the model does not have, or has in another shape.
     """
     if not isinstance(images, Tracer):
         warn_if_exposed()
     variables = model.init(key, images, train=False)
     if weights:
-        leaves = {**flatten_dict(variables), **flatten_dict(dict(weights))}
-        variables = {**variables, **unflatten_dict(leaves)}
+        variables = _with(variables, weights)
     params, batch_stats = variables["params"], variables.get("batch_stats", {})
     values = {"params": params, "batch_stats": batch_stats}
     return TrainState(
@@ -83,6 +90,22 @@ def init_state(
         opt_state=tx.init(params),
         ema=jax.tree.map(jnp.copy, values) if ema else {},  # copies: the state is donated
     )
+
+
+def _with(variables: Mapping[str, Any], weights: Mapping[str, Any]) -> Mapping[str, Any]:
+    leaves: Any = flatten_dict(dict(variables), sep="/")
+    given: Any = flatten_dict(dict(weights), sep="/")
+    problems = []
+    for path, leaf in given.items():
+        if path not in leaves:
+            problems.append(f"{path}: the model has none{nearest(path, leaves)}")
+        elif leaf.shape != leaves[path].shape:
+            problems.append(f"{path}: {leaf.shape}, must be {leaves[path].shape}")
+    if problems:
+        whole = "" if set(weights) <= set(variables) else "; they are {'params': ...} as a whole"
+        raise ValueError("\n  ".join([f"the weights do not fit the model{whole}:", *problems]))
+    found = {path: jnp.asarray(leaf, leaves[path].dtype) for path, leaf in given.items()}
+    return {**variables, **unflatten_dict({**leaves, **found}, sep="/")}
 
 
 def skip_step(state: TrainState) -> TrainState:

@@ -23,6 +23,15 @@ PredictStep: TypeAlias = Callable[[TrainState, Batch], PerClass]
 Normalize: TypeAlias = Callable[[Images], FeatureMap]
 
 
+def _without_average(state: TrainState) -> TrainState:
+    if state.ema:
+        raise ValueError(
+            "the state has moving averages (init_state(ema=True)), which no step would move: give "
+            "make_train_step(average=moving_average(...)) as well"
+        )
+    return state
+
+
 def make_train_step(
     model: Any,
     tx: optax.GradientTransformation,
@@ -31,7 +40,7 @@ def make_train_step(
     normalize: Normalize = lambda images: images,
     augment: Augment | None = None,
     mix: Mix | None = None,
-    average: Average = lambda state: state,
+    average: Average = _without_average,
     frozen: Frozen | None = None,
     accumulate_steps: int = 1,
 ) -> TrainStep:
@@ -46,6 +55,9 @@ def make_train_step(
     Parameters that are `frozen` have no gradient and their BatchNorms keep their statistics; give
     `freeze_updates(tx, frozen)` as the optimiser, since momentum and weight decay move them too.
     With `accumulate_steps` the gradient is that of so many micro-batches in turn, see `accumulate`.
+
+    The step raises ValueError for a batch without what it needs, and for a state and an `average`
+    of which one has moving averages and the other has not.
     """
     frozen = frozen or (lambda path: False)
 
@@ -54,12 +66,13 @@ def make_train_step(
             params: Any, batch_stats: Any, batch: Batch, dropout_key: jax.Array
         ) -> tuple[Any, Any, Metrics]:
             images, labels = batch["image"], batch["label"]
+            if augment is not None or mix is not None:
+                _refuse_nameless(batch)
             if augment is not None:
                 images = augment(images, key, batch["epoch"], batch["index"])
             images, targets = normalize(images), labels
             if mix is not None:
                 images, targets = mix(images, labels, key, batch["epoch"], batch["index"])
-                labels = jnp.argmax(targets, axis=-1)
 
             def mean_loss(params: Any) -> tuple[jax.Array, Any]:
                 variables = {
@@ -78,7 +91,7 @@ def make_train_step(
                 return jnp.mean(losses), (logits, losses, updated.get("batch_stats", {}))
 
             grads, (logits, losses, batch_stats) = jax.grad(mean_loss, has_aux=True)(params)
-            return grads, batch_stats, metric_sums(logits, labels, losses, jnp.ones_like(losses))
+            return grads, batch_stats, metric_sums(logits, targets, losses, _all_of(images))
 
         grads, batch_stats, sums = accumulate(gradients, accumulate_steps)(
             state.params, state.batch_stats, batch, jax.random.fold_in(key, state.step)
@@ -98,16 +111,34 @@ def make_train_step(
     return step
 
 
+def _refuse_nameless(batch: Batch) -> None:
+    missing = [repr(name) for name in ("epoch", "index") if name not in batch]
+    if missing:
+        raise ValueError(
+            f"the batch has no {' and no '.join(missing)}: augment and mix take a key for each "
+            "example from its epoch and its number, int32 [b]"
+        )
+
+
+def _all_of(images: Images) -> jax.Array:
+    """Returns the mask that keeps every example."""
+    return jnp.ones(len(images), jnp.float32)
+
+
 def make_eval_step(
     model: Any, *, loss: Loss = cross_entropy, normalize: Normalize = lambda images: images
 ) -> EvalStep:
-    """Returns `step(state, batch) -> metric sums` over the examples that `batch["mask"]` keeps."""
+    """Returns `step(state, batch) -> metric sums` over the examples that `batch["mask"]` keeps.
+
+    Without a mask all of them are kept.
+    """
 
     def step(state: TrainState, batch: Batch) -> Metrics:
         variables = {"params": state.params, "batch_stats": state.batch_stats}
         logits = model.apply(variables, normalize(batch["image"]), train=False)
         losses = loss(logits, batch["label"])
-        return metric_sums(logits, batch["label"], losses, batch["mask"])
+        mask = batch["mask"] if "mask" in batch else _all_of(batch["image"])
+        return metric_sums(logits, batch["label"], losses, mask)
 
     return step
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
+from cnn_jax import create_model
 from cnn_jax.models import convolution
 from cnn_jax.models.convolution import CHANNELS_LAST, convolve
 from cnn_jax.models.layers import ConvBlock
@@ -111,6 +112,19 @@ def test_one_exported_program_has_what_each_platform_takes():
     )
     expected = x[:, ::2, ::2].astype(np.float64) @ kernel[0, 0].astype(np.float64)
     np.testing.assert_allclose(exported.call(x, kernel), expected, rtol=0, atol=1e-5)
+
+
+def test_a_network_is_exported_for_images_of_any_size():
+    model = create_model("bottleneck_mini", width=8, stage_sizes=(1, 1), num_classes=3)
+    images = np.random.default_rng(0).normal(size=(2, 21, 34, 3)).astype(np.float32)
+    variables = model.init(jax.random.key(0), images, train=False)
+
+    def logits(images):
+        return model.apply(variables, images, train=False)
+
+    shape = jax.export.symbolic_shape("b, h, w, 3", constraints=["h >= 8", "w >= 8"])
+    exported = jax.export.export(jax.jit(logits))(jax.ShapeDtypeStruct(shape, jnp.float32))
+    np.testing.assert_allclose(exported.call(images), logits(images), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -185,10 +185,25 @@ def test_feature_maps_are_named_and_equal_the_stages(network):
     assert "head" not in maps
 
 
-def test_what_cannot_be_is_named(network):
+def test_what_cannot_be_is_named(network, untyped):
     model, variables, images = network
     classes = np.zeros(3, np.int32)
     with pytest.raises(ValueError, match=r"method='cam': must be one of 'grad_cam', 'grad"):
         class_activation_map(model, variables, images, classes, method="cam")
     with pytest.raises(ValueError, match="layer='stage9': must be one of 'stem/conv', "):
         class_activation_map(model, variables, images, classes, layer="stage9")
+    with pytest.raises(ValueError, match=r"classes of shape \(1,\): must be one for each image"):
+        class_activation_map(model, variables, images, classes[:1])
+    without_head = model.clone(features_only=True)
+    parts = {**variables, "params": {k: v for k, v in variables["params"].items() if k != "head"}}
+    with pytest.raises(ValueError, match=r"gives no logits \[b, k\]; it has features_only=True"):
+        class_activation_map(without_head, parts, images, classes, layer="stem")
+
+
+def test_a_class_that_is_not_there_has_no_evidence(network):
+    model, variables, images = network
+    classes = np.array([0, model.num_classes, -1], np.int32)
+    maps = class_activation_map(model, variables, images, classes)
+    expected = class_activation_map(model, variables, images, np.zeros(3, np.int32))
+    np.testing.assert_array_equal(maps[0], expected[0])
+    assert np.isnan(maps[1:]).all()

@@ -111,12 +111,14 @@ def test_published_receptive_fields(chain, published):
     assert receptive_field(chain) == published
 
 
-def test_receptive_field_with_dilation_and_its_errors():
+def test_receptive_field_with_dilation_and_its_errors(untyped):
     assert receptive_field([]) == 1
     assert receptive_field([(3, 1, 2)]) == 5
     assert receptive_field([(3, 2), (3, 1, 4), (2, 3), (3, 1)]) == 3 + 2 * 8 + 2 + 2 * 6
     with pytest.raises(ValueError, match=r"layers: \(3,\): must be"):
         receptive_field([(3,)])
+    with pytest.raises(ValueError, match=r"layers: 3: must be \(kernel_size, strides\) or"):
+        receptive_field([3, 1])  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="strides=0: must be"):
         receptive_field([(3, 0)])
 

@@ -9,7 +9,7 @@ import numpy as np
 import oracles
 import pytest
 
-from cnn_jax import ConvBlock
+from cnn_jax import ConvBlock, create_model
 from cnn_jax.models import normalization, pooling
 from cnn_jax.models.classifier import product
 
@@ -207,6 +207,17 @@ def test_unbiased_batch_norm_keeps_the_variance_of_n_minus_1(assert_matches):
             return norm(x)
 
     assert_matches(Norm(), oracle, (2, 2, 1, 3))
+
+
+def test_no_images_have_logits_and_no_statistics():
+    model = create_model("resnet_mini", width=4, stage_sizes=(1,), num_classes=3)
+    images = jnp.zeros((2, 8, 8, 3))
+    variables = model.init(jax.random.key(0), images, train=False)
+    assert model.apply(variables, images[:0], train=False).shape == (0, 3)
+    with pytest.raises(ValueError, match=r"a batch of shape \(0, 8, 8, 4\) has no statistics"):
+        model.apply(variables, images[:0], train=True, mutable=["batch_stats"])
+    with pytest.raises(ValueError, match="images of complex64: must be real numbers"):
+        model.apply(variables, images.astype(jnp.complex64), train=False)
 
 
 def test_unbiased_variance_of_one_value_is_refused():

@@ -198,6 +198,30 @@ def test_all_that_does_not_fit_is_listed_at_once():
     assert str(caught.value).startswith("the weights do not fit the model:\n  ")
 
 
+def test_what_is_changed_afterwards_changes_nothing_that_was_converted():
+    """As torch does, which trains in place."""
+    variables, _ = small("resnet_mini")
+    tensors = to_torch(variables)
+    loaded, kept = from_torch(tensors, variables), to_torch(variables)
+    for array in tensors.values():
+        array += 1
+    assert_equal_bits(loaded, variables)
+    assert_equal_bits(from_torch(kept, variables), variables)
+
+
+def test_what_is_no_state_dict_is_named(untyped):
+    variables, _ = small("resnet_mini")
+    tensors = to_torch(variables)
+    with pytest.raises(UserError, match=r"^state_dict: is a dict, must be a NumPy array; of a tor"):
+        from_torch({"state_dict": tensors}, variables)
+    for part in (lambda: to_torch(variables["params"]), lambda: from_torch(tensors, {"stem": {}})):
+        with pytest.raises(UserError, match=r'^variables of .*stem.*: must be all .*\{"params": '):
+            part()
+    assert from_torch(tensors, variables, ignore="head")["params"]["head"] is not None
+    with pytest.raises(WeightsError, match="heed: to be ignored, but"):
+        from_torch(tensors, variables, ignore="heed")
+
+
 def test_shape_matters_even_where_the_numbers_are_as_many():
     variables, _ = small("resnet_mini")
     tensors = to_torch(variables)

@@ -2,7 +2,9 @@
 
 import argparse
 import contextlib
+import errno
 import inspect
+import io
 import os
 import re
 import select
@@ -60,11 +62,19 @@ examples:
 """
 
 
+NO_PLACE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG}
+"""Of an OSError: what cannot be written is no mistake of this program's."""
+
+
 def run(arguments: Sequence[str] | None = None) -> NoReturn:
     """Ends the process with the exit code of `main`.
 
     Where who read its output has left (`... | head -1`), that is 141, as a shell says of a tool.
     """
+    if sys.stdout is None:  # closed by who started this: nobody wants to read it
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    elif isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")  # names that this terminal cannot show
     sys.excepthook = _without_abandoned_arrays(sys.excepthook)
     sys.unraisablehook = _without_abandoned_arrays(sys.unraisablehook)
     try:
@@ -74,6 +84,8 @@ def run(arguments: Sequence[str] | None = None) -> NoReturn:
         code = 1
         if isinstance(error, BrokenPipeError) and any(map(_is_unread, (1, 2))):
             code = 128 + signal.SIGPIPE
+        elif isinstance(error, OSError) and error.errno in NO_PLACE:
+            print(f"{error.filename or 'output'}: {error.strerror}", file=sys.stderr, flush=True)
         else:
             sys.excepthook(*sys.exc_info())
     distributed.leave(code)

@@ -82,7 +82,10 @@ def open_exported(path: str | Path) -> ExportedFile:
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
     except (zipfile.BadZipFile, KeyError, ValueError) as error:
-        raise UserError(f"{path}: is not a file that export has written ({error})") from error
+        raise UserError(
+            f"{path}: is no StableHLO file that export has written ({error}); one of --format onnx "
+            "is for onnxruntime"
+        ) from error
     try:
         exported = jax.export.deserialize(program)
     except Exception as error:  # flatbuffers and MLIR have no error in common

@@ -5,6 +5,7 @@ and goes to orbax as it is. Object storage knows whole objects only: none grows,
 and a directory is there as long as something is in it.
 """
 
+import contextlib
 import hashlib
 import importlib.util
 import os
@@ -96,11 +97,16 @@ def write_atomically(path: Path, contents: str | bytes) -> None:
             raise OSError(f"{path} cannot be written: {reason(error)}") from error
         return
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):  # a full disk should not be left fuller
+            temporary.unlink()
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def digests(directory: Path, names: list[str]) -> dict[str, str]:

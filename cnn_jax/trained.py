@@ -22,7 +22,7 @@ from cnn_jax.runtime.compiler import compile_program, compiler_settings
 from cnn_jax.runtime.programs import kept
 from cnn_jax.runtime.report import METRICS, read_rows
 from cnn_jax.runtime.weight_files import read_directory
-from cnn_jax.runtime.workdir import CONFIG, read_config
+from cnn_jax.runtime.workdir import CONFIG, has_checkpoint, read_config
 from cnn_jax.storage import place
 from cnn_jax.typing import Images, RawImages
 
@@ -203,12 +203,12 @@ def open_run(
     if not directory.is_dir():
         raise UserError(f"--workdir {directory}: there is no such directory")
     values = read_config(directory)
-    if values is None:
+    if values is None and not has_checkpoint(directory):
         raise UserError(f"--workdir {directory}: holds no run (it has no {CONFIG})")
     path = _find_checkpoint(directory, checkpoint, log)
     saved, record = read_directory(path, averaged=ema)
     known = _recorded(record)
-    values = {**completed(values), "mesh": {"data": -1, "fsdp": 1}}
+    values = {**completed(values or record["config"]), "mesh": {"data": -1, "fsdp": 1}}
     try:  # a run of many devices may be looked at on one
         config = parse(values, num_devices=1, dataset=known)
     except ConfigError as error:

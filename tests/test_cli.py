@@ -212,7 +212,34 @@ def test_no_device_is_a_plain_message(trained, monkeypatch, capsys):
     assert capsys.readouterr().err == "JAX finds no device: Unable to initialize backend 'tpu'\n"
 
 
+def around(main):
+    """The command line around another `main`."""
+    return [sys.executable, "-c", f"import cnn_jax.__main__ as m; m.main = {main}; m.run()"]
+
+
+def test_output_that_has_no_place_is_a_plain_message():
+    program = around("lambda _: print('x') or 0")
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(program, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (1, "output: No space left on device\n")
+    closed = subprocess.run(
+        ["sh", "-c", 'exec "$@" >&-', "sh", *program], stderr=subprocess.PIPE, text=True
+    )
+    assert (closed.returncode, closed.stderr) == (0, "")
+
+
+def test_a_name_that_the_terminal_cannot_show_is_written_by_its_number():
+    done = subprocess.run(
+        around("lambda _: print('f\\xfcr') or 0"),
+        env=os.environ | {"PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "f\\xfcr\n", "")
+
+
 USAGE = {
+    "no directory": (["--workdir="], "argument --workdir: '' names no directory"),
     "unknown flag": (["--dryrun"], "unrecognized arguments: --dryrun (did you mean '--dry-run'?)"),
     "several": (
         ["--wrkdir=x", "zzz"],

@@ -4,6 +4,8 @@ import contextlib
 import importlib.util
 import io
 import os
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
@@ -43,6 +45,28 @@ def upload():
         return url
 
     return copied
+
+
+WITHOUT_ROOM = """
+import pathlib, resource, sys
+from cnn_jax.storage import write_atomically
+path = pathlib.Path(sys.argv[1])
+write_atomically(path, "short")
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+try:
+    write_atomically(path, 2000 * "long")
+except OSError as error:
+    print(error.filename, error.strerror, sep=": ")
+"""
+
+
+def test_a_file_for_which_there_is_no_room_leaves_nothing(tmp_path):
+    path = tmp_path / "file"
+    command = [sys.executable, "-c", WITHOUT_ROOM, str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout == f"{path}: File too large\n"
+    assert [each.name for each in tmp_path.iterdir()] == ["file"]
+    assert path.read_text() == "short"
 
 
 def test_a_directory_is_itself_and_so_is_a_file_url(tmp_path, monkeypatch):

@@ -50,6 +50,8 @@ def existing_run(text: str) -> Path:
 
 
 def directory_or_url(text: str) -> Path:
+    if not text.strip():
+        raise argparse.ArgumentTypeError(f"{text!r} names no directory")
     try:
         return place(text)
     except UserError as error:

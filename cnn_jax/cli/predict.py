@@ -60,7 +60,7 @@ def run(options: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> in
     refuse_overrides(options, overrides)
     from cnn_jax.commands.predict import predict, write_predictions
 
-    lines = (line.rstrip("\n") for line in sys.stdin)
+    lines = (line.rstrip("\r\n") for line in sys.stdin)
     named = (path for text in options.paths for path in (lines if text == "-" else [text]) if path)
     predictions = predict(
         options.workdir,

@@ -32,10 +32,12 @@ def plot(workdirs: Sequence[str | Path], to: str | Path, *, smooth: float = 0.8)
             raise UserError(
                 f"{directory}: has no {METRICS} with a row, so there is nothing to plot"
             )
+        if not all({"step", "epoch"} <= row.keys() for row in runs[name]):
+            raise UserError(f"{directory / METRICS}: has a row without step or epoch")
     try:
         draw_runs(Path(to), runs, smooth=smooth)
     except OSError as error:
-        raise UserError(f"{to}: cannot be written: {error}") from error
+        raise UserError(f"{to}: cannot be written: {error.strerror or error}") from error
 
 
 def _names(paths: Sequence[Path]) -> list[str]:

@@ -92,6 +92,8 @@ def write_predictions(predictions: Iterable[Prediction], form: str, *, stream: T
         write(each, stream)
     if bad:
         _warn(f"{bad:,} of {good + bad:,} files could not be read")
+    elif not good:
+        _warn("no file was named")
     return int(bad > 0 or good == 0)
 
 

@@ -39,6 +39,7 @@ from cnn_jax.runtime.report import (
 from cnn_jax.runtime.watchdog import Watchdog
 from cnn_jax.runtime.workdir import (
     claim,
+    has_checkpoint,
     read_config,
     read_skipped,
     write_config,
@@ -95,6 +96,11 @@ def train(
     distributed.agree("compilers", lambda: {"settings": plan.compiler.describe()})
     _say(f"{plan.describe()}\nworkdir    {directory}")
     if dry_run:
+        if directory.exists() and not directory.is_dir():
+            raise UserError(f"--workdir {directory}: is no directory")
+        before = distributed.from_first("the run's configuration", lambda: _config_of(directory))
+        if before and not accept_config_changes:
+            _refuse_changes(differences(completed(before), config.as_dict()), directory)
         for step in plan.programs:
             _saved_program(plan, step, plan.lower(step), compiled)
         _say(plan.tabulate())
@@ -134,18 +140,8 @@ def _train_in(
 ) -> int:
     config = plan.config.as_dict()
     before = distributed.from_first("the run's configuration", lambda: _config_of(directory))
-    changes = differences(completed(before), config) if before else []
-    if changes and not accept_config_changes:
-        raise UserError(
-            f"{directory} holds a run with another configuration:\n  "
-            + "\n  ".join(changes)
-            + "\nChoose another --workdir"
-            + (
-                ""
-                if _of_batches(changes)
-                else ", or go on with the new values: --accept-config-changes"
-            )
-        )
+    if before and not accept_config_changes:
+        _refuse_changes(differences(completed(before), config), directory)
     confirm()
     with contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(
@@ -167,6 +163,8 @@ def _train_in(
         )
         if step:
             changes = differences(completed(checkpoints.record()["config"]), config)
+            if not before and not accept_config_changes:
+                _refuse_changes(changes, directory)
             _refuse_other_batches(_of_batches(changes), directory)
         if step >= plan.total_steps and _is_evaluated(metrics, step):
             _say(f"{directory}: this run is complete, at step {step} of {plan.total_steps}")
@@ -179,10 +177,22 @@ def _train_in(
         return training.run()
 
 
+def _refuse_changes(changes: Sequence[str], directory: Path) -> None:
+    if not changes:
+        return
+    way_on = ", or go on with the new values: --accept-config-changes"
+    raise UserError(
+        f"{directory} holds a run with another configuration:\n  "
+        + "\n  ".join(changes)
+        + "\nChoose another --workdir"
+        + ("" if _of_batches(changes) else way_on)
+    )
+
+
 def _config_of(directory: Path) -> dict[str, Any] | None:
     """Returns the configuration of the run in the directory; None where there is no run yet."""
     config = read_config(directory)
-    if config is None and read_rows(directory / METRICS):
+    if config is None and read_rows(directory / METRICS) and not has_checkpoint(directory):
         raise UserError(
             f"{directory} holds a {METRICS} but no configuration, so it is not a run of this "
             "program. Choose another --workdir"

@@ -66,10 +66,9 @@ class GrowingFile:
 
 def write_json_file(path: Path, text: str) -> None:
     """Writes the file that `--json` names; UserError where it is there or it cannot be written."""
+    if path.exists():
+        raise UserError(f"--json {path}: is already there; name a file that is not")
     try:
-        with path.open("x", encoding="utf-8") as file:
-            file.write(text)
-    except FileExistsError as error:
-        raise UserError(f"--json {path}: is already there; name a file that is not") from error
+        write_atomically(path, text)
     except OSError as error:
-        raise UserError(f"--json {path}: cannot be written: {error}") from error
+        raise UserError(f"--json {path}: cannot be written: {error.strerror or error}") from error

@@ -101,7 +101,10 @@ def read_config(directory: Path) -> dict[str, Any] | None:
     except ValueError:
         config = None
     if not isinstance(config, dict):
-        raise UserError(f"{path} is damaged. Delete it to go on, or choose another --workdir")
+        cure = "choose another --workdir"
+        if has_checkpoint(directory):
+            cure = "delete it: the checkpoints beside it hold the same values"
+        raise UserError(f"{path} is damaged; {cure}")
     return config
 
 

@@ -599,7 +599,9 @@ def test_mistakes_have_one_message(reference, tmp_path, capsys, monkeypatch):
     assert "the run has its configuration" in refused(2, run, "--config.batch_size=3")
     assert "none.zip: cannot be read: No such file" in refused(1, f"--model={tmp_path}/none.zip")
     (tmp_path / "text.zip").write_text("text")
-    assert "is not a file that export has written" in refused(1, f"--model={tmp_path}/text.zip")
+    assert "is no StableHLO file that export has written" in refused(
+        1, f"--model={tmp_path}/text.zip"
+    )
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         port = taken.getsockname()[1]

@@ -114,6 +114,16 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(train_here, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_dry_run_refuses_what_the_run_would(train_here, complete, tmp_path):
+    code, output = train_here(complete, "--dry-run", "--config.optimizer.learning_rate=0.2")
+    assert code == 1
+    assert f"{complete} holds a run with another configuration:\n" in output
+    (tmp_path / "file").write_text("")
+    code, output = train_here(tmp_path / "file", "--dry-run")
+    assert code == 1
+    assert output.endswith(f"--workdir {tmp_path}/file: is no directory\n")
+
+
 def test_the_summary_names_what_is_written(train_here, complete):
     _, output = train_here(complete)
     assert f"written to {complete}" in output

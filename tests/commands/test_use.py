@@ -292,6 +292,11 @@ def test_predict_as_csv_and_from_a_list(use, reference, photos, monkeypatch):
     share = float(rows[6]["probability"])
     assert table == f"{photos}/6.png  {rows[6]['class']} {share:.2%}\n"
 
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{photos}/5.png\r\n"))  # of Windows
+    assert use("predict", f"--workdir={reference}", "-")[0] == 0
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    assert use("predict", f"--workdir={reference}", "-") == (1, "", "no file was named\n")
+
 
 def test_predict_without_an_image_is_exit_code_1(use, reference, tmp_path):
     code, output, error = use("predict", f"--workdir={reference}", tmp_path / "gone.png")
@@ -359,6 +364,28 @@ def test_each_command_is_a_function_of_its_name(
     assert server.lines[-1] == "ended with 0"
 
 
+def test_a_configuration_that_is_damaged_or_gone_is_in_the_checkpoints_too(
+    use, train_here, complete, photos
+):
+    command = ("predict", f"--workdir={complete}", photos / "0.png")
+    expected = use(*command)
+    path = complete / "config.json"
+    written = path.read_text()
+    path.write_text(written[:40])
+    told = f"{path} is damaged; delete it: the checkpoints beside it hold the same values\n"
+    assert use(*command) == (1, "", told)
+    path.unlink()
+    assert use(*command) == expected
+    code, output = train_here(complete, "--config.optimizer.learning_rate=0.2")
+    assert code == 1
+    assert f"{complete} holds a run with another configuration:" in output
+    assert not path.exists()
+    code, output = train_here(complete, "--config.num_epochs=4", "--accept-config-changes")
+    assert code == 0, output
+    assert "going on from step 24 of 32" in output
+    assert json.loads(path.read_text()) == {**json.loads(written), "num_epochs": 4}
+
+
 def test_plot_several_runs(use, reference, complete, tmp_path):
     path = tmp_path / "plot.png"
     code, output, _ = use("plot", reference, complete, "--to", path)
@@ -373,6 +400,10 @@ def test_plot_several_runs(use, reference, complete, tmp_path):
         1,
         f"{tmp_path}: has no metrics.jsonl with a row, so there is nothing to plot\n",
     )
+    with (complete / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 25}\n')
+    code, _, error = use("plot", complete, "--to", tmp_path / "b.png")
+    assert (code, error) == (1, f"{complete}/metrics.jsonl: has a row without step or epoch\n")
     code, _, error = use("plot", reference, "--smooth=1")
     assert code == 2
     assert "'1': must be a number >= 0 and < 1" in error

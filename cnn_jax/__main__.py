@@ -14,6 +14,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+import jax
+
 from cnn_jax import __version__
 from cnn_jax.cli import bench as bench_
 from cnn_jax.cli import compile as compile_
@@ -61,6 +63,11 @@ examples:
 '%(prog)s COMMAND --help' explains a command.
 """
 
+
+LESS_MEMORY = (
+    "Smaller batches need less: --batch-size, or in training --config.batch_size, and for the same "
+    "batch in parts --config.accumulate_steps; --config.remat=block keeps less of a step"
+)
 
 NO_PLACE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG}
 """Of an OSError: what cannot be written is no mistake of this program's."""
@@ -143,6 +150,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = 2 if isinstance(error, UsageError) else 1
         distributed.leave(code, str(error))
         return code
+    except jax.errors.JaxRuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        if not re.search("RESOURCE_EXHAUSTED|[Oo]ut of memory", reason):
+            raise
+        text = f"the device has not the memory: {reason.rstrip('.')}. {LESS_MEMORY}"
+        print(f"{distributed.who()}{text}", file=sys.stderr, flush=True)
+        distributed.leave(1, text)
+        return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

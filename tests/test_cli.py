@@ -6,10 +6,11 @@ import sys
 import types
 from pathlib import Path
 
+import jax
 import pytest
 
 import cnn_jax
-from cnn_jax.__main__ import COMMANDS, main
+from cnn_jax.__main__ import COMMANDS, LESS_MEMORY, main
 from cnn_jax.config import Config, ConfigError
 from cnn_jax.errors import UserError
 
@@ -192,6 +193,12 @@ def test_a_config_file_without_a_configuration(content, tmp_path, capsys):
         (UserError("the disk is full"), 1, "the disk is full\n"),
         (ConfigError(["a: b"]), 2, f"{QUICKSTART}: 1 mistake in the configuration\n  a: b\n"),
         (KeyboardInterrupt(), 130, "interrupted\n"),
+        (
+            jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory: 9 bytes.\nMore"),
+            1,
+            "the device has not the memory: RESOURCE_EXHAUSTED: Out of memory: 9 bytes. "
+            f"{LESS_MEMORY}\n",
+        ),
     ],
 )
 def test_errors_of_the_command_become_exit_codes(error, code, text, monkeypatch, capsys):

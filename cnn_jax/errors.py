@@ -12,6 +12,13 @@ class UsageError(UserError):
     """A mistake in the command itself, whatever the files hold."""
 
 
+def require_between(least: float, most: float, **values: float) -> None:
+    """Raises ValueError unless each value, named by its argument, is from `least` to `most`."""
+    for name, value in values.items():
+        if not least <= value <= most:
+            raise ValueError(f"{name}={value}: must be from {least} to {most}")
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Returns `" (did you mean 'x'?)"` for the known name that is most like `name`, else `""`."""
     match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)

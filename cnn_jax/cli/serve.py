@@ -48,7 +48,7 @@ def add(commands: Any) -> None:
     )
     network = parser.add_mutually_exclusive_group(required=True)
     network.add_argument("--workdir", metavar="RUN", type=existing_run, help="of the run")
-    network.add_argument("--model", metavar="FILE", help="that export has written; no Grad-CAM")
+    network.add_argument("--model", metavar="FILE", help="StableHLO of export; no Grad-CAM")
     parser.add_argument(
         "--checkpoint",
         metavar="WHICH",

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
+from cnn_jax.errors import require_between
 from cnn_jax.typing import Images
 
 MAXIMUM = 255.0
@@ -69,14 +70,8 @@ def jitter_color(
     by up to `hue` of the colour circle, 0.5 at most. Images have 1 channel or 3; those of 1 have
     neither saturation nor hue. Raises ValueError for others, and for a number that cannot be.
     """
-    for name, width, most in (
-        ("brightness", brightness, math.inf),
-        ("contrast", contrast, math.inf),
-        ("saturation", saturation, math.inf),
-        ("hue", hue, 0.5),
-    ):
-        if not 0 <= width <= most:
-            raise ValueError(f"{name}={width}: must be from 0 to {most}")
+    require_between(0, math.inf, brightness=brightness, contrast=contrast, saturation=saturation)
+    require_between(0, 0.5, hue=hue)
     if images.shape[-1] not in (1, 3):
         raise ValueError(f"images of {images.shape[-1]} channels: colours need 1 or 3")
     changes: tuple[tuple[float, float, Callable[[Image, Number], Image]], ...] = (

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Key
 
+from cnn_jax.errors import require_between
 from cnn_jax.training.augment import Keys, example_keys, fold_in
 from cnn_jax.training.losses import shares_of
 from cnn_jax.typing import FeatureMap, Labels, PerClass, PerExample, Targets
@@ -103,13 +104,8 @@ def make_mix(
     mixed the one way or the other, with probability one half. Raises ValueError for a number below
     0 or a probability above 1.
     """
-    for name, value, most in (
-        ("erase_probability", erase_probability, 1.0),
-        ("mixup_alpha", mixup_alpha, math.inf),
-        ("cutmix_alpha", cutmix_alpha, math.inf),
-    ):
-        if not 0 <= value <= most:
-            raise ValueError(f"{name}={value}: must be from 0 to {most}")
+    require_between(0, 1, erase_probability=erase_probability)
+    require_between(0, math.inf, mixup_alpha=mixup_alpha, cutmix_alpha=cutmix_alpha)
 
     def mix(
         images: FeatureMap, labels: Targets, key: Key[Array, ""], epoch: Labels, index: Labels

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, Key, UInt8
 
+from cnn_jax.errors import require_between
 from cnn_jax.typing import RawImages
 
 OPERATIONS = (
@@ -43,8 +44,7 @@ def rand_augment(
     """
     if images.dtype != jnp.uint8:
         raise ValueError(f"images of {images.dtype}: RandAugment needs pixels in uint8")
-    if not 0 <= magnitude <= STRONGEST:
-        raise ValueError(f"magnitude={magnitude}: must be from 0 to {STRONGEST}")
+    require_between(0, STRONGEST, magnitude=magnitude)
     if images.shape[-1] not in (1, 3):
         raise ValueError(f"images of {images.shape[-1]} channels: RandAugment needs 1 or 3")
 

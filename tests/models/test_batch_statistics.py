@@ -117,14 +117,17 @@ def test_a_network_that_evaluates_has_derivatives_of_both_directions(norm):
     rng = np.random.default_rng(0)
     image, v = (jnp.asarray(rng.normal(size=(2, 16, 16, 3)), jnp.float32) for _ in range(2))
     u = jnp.asarray(rng.normal(size=(2, 5)), jnp.float32)
-    variables = model.init(jax.random.key(0), image, train=False)
+    variables = jax.jit(lambda: model.init(jax.random.key(0), image, train=False))()
 
-    def logits(image):
-        return model.apply(variables, image, train=False)
+    @jax.jit
+    def both(image):
+        def logits(image):
+            return model.apply(variables, image, train=False)
 
-    forward = jnp.sum(u * jax.jvp(logits, (image,), (v,))[1])
-    backward = jnp.sum(v * jax.vjp(logits, image)[1](u)[0])
-    np.testing.assert_allclose(forward, backward, rtol=1e-4)
+        forward = jnp.sum(u * jax.jvp(logits, (image,), (v,))[1])
+        return forward, jnp.sum(v * jax.vjp(logits, image)[1](u)[0])
+
+    np.testing.assert_allclose(*both(image), rtol=1e-4)
 
 
 def test_branches_of_equal_shape_are_traced_once(monkeypatch):

@@ -117,13 +117,10 @@ def test_one_exported_program_has_what_each_platform_takes():
 def test_a_network_is_exported_for_images_of_any_size():
     model = create_model("bottleneck_mini", width=8, stage_sizes=(1, 1), num_classes=3)
     images = np.random.default_rng(0).normal(size=(2, 21, 34, 3)).astype(np.float32)
-    variables = model.init(jax.random.key(0), images, train=False)
-
-    def logits(images):
-        return model.apply(variables, images, train=False)
-
+    variables = jax.jit(lambda: model.init(jax.random.key(0), images, train=False))()
+    logits = jax.jit(lambda images: model.apply(variables, images, train=False))
     shape = jax.export.symbolic_shape("b, h, w, 3", constraints=["h >= 8", "w >= 8"])
-    exported = jax.export.export(jax.jit(logits))(jax.ShapeDtypeStruct(shape, jnp.float32))
+    exported = jax.export.export(logits)(jax.ShapeDtypeStruct(shape, jnp.float32))
     np.testing.assert_allclose(exported.call(images), logits(images), rtol=1e-5, atol=1e-6)
 
 

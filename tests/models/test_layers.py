@@ -212,7 +212,8 @@ def test_unbiased_batch_norm_keeps_the_variance_of_n_minus_1(assert_matches):
 def test_no_images_have_logits_and_no_statistics():
     model = create_model("resnet_mini", width=4, stage_sizes=(1,), num_classes=3)
     images = jnp.zeros((2, 8, 8, 3))
-    variables = model.init(jax.random.key(0), images, train=False)
+    variables = jax.eval_shape(lambda: model.init(jax.random.key(0), images, train=False))
+    variables = jax.tree.map(lambda leaf: jnp.ones(leaf.shape), variables)
     assert model.apply(variables, images[:0], train=False).shape == (0, 3)
     with pytest.raises(ValueError, match=r"a batch of shape \(0, 8, 8, 4\) has no statistics"):
         model.apply(variables, images[:0], train=True, mutable=["batch_stats"])

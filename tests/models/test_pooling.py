@@ -206,8 +206,9 @@ def test_only_a_gpu_takes_the_image_in_parts():
 def test_a_window_of_more_pixels_than_a_byte_counts():
     x = np.zeros((1, 12, 12, 1), np.float32)
     x[0, 11, 11] = 1
-    gradient = jax.grad(lambda x: jnp.sum(pooling.max_pool(x, window=12, strides=1)))(x)
-    np.testing.assert_array_equal(gradient, x)
+    gradient = jax.grad(lambda x: jnp.sum(pooling.max_pool(x, window=12, strides=1)))
+    options = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+    np.testing.assert_array_equal(jax.jit(gradient, compiler_options=options)(x), x)
 
 
 def test_the_gradient_of_max_pool_scatters_nothing():

@@ -8,6 +8,8 @@ import pytest
 from cnn_jax import create_model
 from cnn_jax.training.freezing import frozen_statistics, train_only
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 MODELS = {
     "resnet_mini": {"stage_sizes": (2,), "stochastic_depth_rate": 0.3},
     "googlenet_mini": {"blocks": ("3a", "3b")},

@@ -17,6 +17,8 @@ from cnn_jax.training.averaging import moving_average
 from cnn_jax.training.losses import binary_cross_entropy, cross_entropy
 from cnn_jax.training.mixing import make_mix
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 KEY = jax.random.key(0)
 TX = optax.sgd(0.1)
 LABELS = np.array([1, 2, 0, 2], np.int32)

@@ -233,7 +233,7 @@ class Service:
                 "Grad-CAM needs the network of a run (--workdir); an exported file gives "
                 "probabilities alone",
             )
-        asked = request.query.get("class")
+        asked = _parameter(request, "class")
         if asked is not None and asked not in names:
             raise RefusedError(
                 400, "bad_parameter", f"class={asked[:100]!r}: /v1/model has the names"
@@ -376,8 +376,22 @@ class Service:
         )
 
 
+def _parameter(request: web.Request, name: str) -> str | None:
+    """Returns the only parameter that the path takes, if it is given; refuses others."""
+    others = [each for each in request.query if each != name]
+    if others:
+        sentence = f"{others[0][:100]!r}: there is no such parameter; {name} is one"
+        raise RefusedError(400, "bad_parameter", sentence)
+    given = request.query.getall(name, [])
+    if len(given) > 1:
+        raise RefusedError(400, "bad_parameter", f"{name}: is there {len(given)} times")
+    return given[0] if given else None
+
+
 def _integer(request: web.Request, name: str, default: int) -> int:
-    text = request.query.get(name, str(default))
+    text = _parameter(request, name)
+    if text is None:
+        return default
     if not (text.isascii() and text.isdecimal() and 0 < len(text) < 10 and int(text) > 0):
         raise RefusedError(400, "bad_parameter", f"{name}={text[:100]!r}: must be an integer >= 1")
     return int(text)

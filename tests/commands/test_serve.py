@@ -270,6 +270,9 @@ def test_bad_requests_have_one_sentence(server, good):
     refused(405, "GET /v1/predict: Method Not Allowed", "GET")
     for top in ("0", "-1", "many", "%C2%B2", "9" * 99, ""):
         refused(400, "must be an integer >= 1", path=f"/v1/predict?top={top}")
+    refused(400, "'topp': there is no such parameter; top is one", path="/v1/predict?topp=1")
+    refused(400, "top: is there 2 times", path="/v1/predict?top=1&top=2")
+    refused(400, "'top': there is no such parameter; class is one", path="/v1/explain?top=1")
     refused(415, "must be image/", Content_Type="application/json")
     refused(415, "multipart/form-data", Content_Type="application/x-www-form-urlencoded")
     refused(415, "must not be compressed", Content_Encoding="gzip")

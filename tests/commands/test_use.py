@@ -125,11 +125,11 @@ def test_evaluate_scores_every_example_once(
     wrong = np.flatnonzero(~right)
     worst = wrong[np.argsort(probabilities[wrong, labels[wrong]])][:40]
     np.testing.assert_array_equal(images, test_set["image"][worst])
-    assert captions == [
-        f"{names[labels[n]]}\ntaken for {names[taken[n]]}\n"
-        f"({probabilities[n, taken[n]]:.1%}), number {n}"
-        for n in worst
-    ]
+    for caption, n in zip(captions, worst, strict=True):
+        words = f"{names[labels[n]]}\ntaken for {names[taken[n]]}\n(PERCENT%), number {n}"
+        found = re.fullmatch(re.escape(words).replace("PERCENT", r"(\d+\.\d)"), caption)
+        assert found, caption
+        assert float(found[1]) == pytest.approx(100 * probabilities[n, taken[n]], abs=0.051)
     for name in ("confusion", "reliability", "mistakes"):
         with Image.open(pictures / f"{name}.png") as picture:
             assert min(picture.size) > 400

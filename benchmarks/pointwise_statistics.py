@@ -18,7 +18,6 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas
+from jax.experimental.pallas import triton
 
 from cnn_jax.benchmarking.machine import describe_machine
 from cnn_jax.runtime import hlo
@@ -71,11 +71,6 @@ def of_kernel(x: Any, kernel: Any, *, interpret: bool = False) -> Outputs:
     """Returns what `of_xla` does; the pixels of the images must be a multiple of `ROWS`."""
     rows, (channels, features) = x.reshape(-1, x.shape[3]), kernel.shape
     blocks, columns = rows.shape[0] // ROWS, min(features, COLUMNS)
-    parameters = {}
-    if not interpret:
-        from jax.experimental.pallas import triton
-
-        parameters["compiler_params"] = triton.CompilerParams(num_warps=4, num_stages=3)
     sums = jax.ShapeDtypeStruct((blocks, features), jnp.float32)
     a_row = pallas.BlockSpec((1, columns), lambda i, j: (i, j))
     y, of_values, of_squares = pallas.pallas_call(
@@ -88,7 +83,7 @@ def of_kernel(x: Any, kernel: Any, *, interpret: bool = False) -> Outputs:
         out_specs=[pallas.BlockSpec((ROWS, columns), lambda i, j: (i, j)), a_row, a_row],
         out_shape=[jax.ShapeDtypeStruct((rows.shape[0], features), x.dtype), sums, sums],
         interpret=interpret,
-        **parameters,
+        compiler_params=triton.CompilerParams(num_warps=4, num_stages=3),
     )(rows, kernel)
     mean = of_values.sum(0) / rows.shape[0]
     var = of_squares.sum(0) / rows.shape[0] - jnp.square(mean)
@@ -99,11 +94,8 @@ def _program(x: Any, kernel: Any, y: Any, of_values: Any, of_squares: Any, inter
     """Makes one block of outputs, and the sums of what was rounded: BatchNorm sees no other."""
     (rows, channels), columns = x.shape, kernel.shape[1]
     depth = min(channels, DEPTH)
-    product: Callable[..., Any] = functools.partial(jnp.dot, preferred_element_type=jnp.float32)
-    if not interpret:
-        from jax.experimental.pallas import triton
-
-        product = triton.dot
+    interpreted = functools.partial(jnp.dot, preferred_element_type=jnp.float32)
+    product = interpreted if interpret else triton.dot
 
     def add(step: Any, total: Any) -> Any:
         taken = pallas.ds(step * depth, depth)
@@ -130,12 +122,13 @@ def shapes(layer: tuple[int, int, int], sharding: Any = None) -> list[jax.ShapeD
 
 def read_programs(topology: str) -> list[dict[str, Any]]:
     """Returns what the compiled programs of each layer say, for one device of the topology."""
-    sharding = jax.sharding.SingleDeviceSharding(parse_topology(topology).devices()[0])
+    card = parse_topology(topology).devices()[0]
+    sharding = jax.sharding.SingleDeviceSharding(card)
     rows = []
     for layer, count in LAYERS.items():
         row: dict[str, Any] = {"layer": layer, "count": count}
         for name, form in FORMS.items():
-            with _described():
+            with _described(card):
                 lowered = jax.jit(form).lower(*shapes(layer, sharding))
             program = hlo.read(lowered.compile().as_text() or "")
             row[name] = {
@@ -147,11 +140,13 @@ def read_programs(topology: str) -> list[dict[str, Any]]:
 
 
 @contextlib.contextmanager
-def _described() -> Any:
+def _described(card: Any) -> Any:
     """Tells Pallas of the card that is not there."""
     from jax._src.mesh import AbstractDevice, AbstractMesh
 
-    device: Any = AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="cuda")
+    device: Any = AbstractDevice(
+        device_kind=card.device_kind, num_cores=card.core_count, platform="cuda"
+    )
     with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device)):
         yield
 

@@ -122,8 +122,9 @@ class Trained:
             num_threads=num_threads,
         )
 
+    @functools.cached_property
     def without_batch_norms(self) -> "Trained":
-        """Returns the same network with fewer operations, or itself; see `models.folding`."""
+        """The same network with fewer operations, or itself; see `models.folding`."""
         images = jax.ShapeDtypeStruct((1, *self.dataset.image_shape), self.config.precision)
         model, variables = fold_batch_norms(self.model, self.variables, images)
         return dataclasses.replace(self, model=model, variables=variables)
@@ -135,7 +136,7 @@ class Trained:
         where that is float32's.
         """
         exact = self.config.precision == "float32"
-        run = self.without_batch_norms() if exact else self
+        run = self.without_batch_norms if exact else self
         model = as_evaluated(run.model, run.config)
 
         def logits(variables: Any, images: Images) -> jax.Array:

@@ -171,7 +171,7 @@ def _probabilities_of(run: Trained, images: RawImages) -> np.ndarray:
 
 def _probabilities(run: Trained) -> tuple[Callable[[RawImages], jax.Array], bool]:
     """Returns the function, and whether it has lost its BatchNorms."""
-    folded = run.without_batch_norms()
+    folded = run.without_batch_norms
     model = as_evaluated(folded.model, folded.config)
 
     def probabilities(images: RawImages) -> jax.Array:

@@ -98,9 +98,7 @@ def train(
     if dry_run:
         if directory.exists() and not directory.is_dir():
             raise UserError(f"--workdir {directory}: is no directory")
-        before = distributed.from_first("the run's configuration", lambda: _config_of(directory))
-        if before and not accept_config_changes:
-            _refuse_changes(differences(completed(before), config.as_dict()), directory)
+        _config_before(directory, config.as_dict(), accept_config_changes)
         for step in plan.programs:
             _saved_program(plan, step, plan.lower(step), compiled)
         _say(plan.tabulate())
@@ -139,9 +137,7 @@ def _train_in(
     accept_config_changes: bool,
 ) -> int:
     config = plan.config.as_dict()
-    before = distributed.from_first("the run's configuration", lambda: _config_of(directory))
-    if before and not accept_config_changes:
-        _refuse_changes(differences(completed(before), config), directory)
+    before = _config_before(directory, config, accept_config_changes)
     confirm()
     with contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(
@@ -175,6 +171,16 @@ def _train_in(
         if config != before:
             write_config(directory, config)
         return training.run()
+
+
+def _config_before(
+    directory: Path, config: Mapping[str, Any], accept_config_changes: bool
+) -> dict[str, Any] | None:
+    """Returns the configuration of the run in the directory, if there is one; refuses another."""
+    before = distributed.from_first("the run's configuration", lambda: _config_of(directory))
+    if before and not accept_config_changes:
+        _refuse_changes(differences(completed(before), config), directory)
+    return before
 
 
 def _refuse_changes(changes: Sequence[str], directory: Path) -> None:

@@ -66,7 +66,7 @@ class GrowingFile:
 
 def write_json_file(path: Path, text: str) -> None:
     """Writes the file that `--json` names; UserError where it is there or it cannot be written."""
-    if path.exists():
+    if path.exists() or path.is_symlink():
         raise UserError(f"--json {path}: is already there; name a file that is not")
     try:
         write_atomically(path, text)

@@ -65,14 +65,14 @@ def make_train_step(
         def gradients(
             params: Any, batch_stats: Any, batch: Batch, dropout_key: jax.Array
         ) -> tuple[Any, Any, Metrics]:
-            images, labels = batch["image"], batch["label"]
+            images, targets = batch["image"], batch["label"]
             if augment is not None or mix is not None:
                 _refuse_nameless(batch)
             if augment is not None:
                 images = augment(images, key, batch["epoch"], batch["index"])
-            images, targets = normalize(images), labels
+            images = normalize(images)
             if mix is not None:
-                images, targets = mix(images, labels, key, batch["epoch"], batch["index"])
+                images, targets = mix(images, targets, key, batch["epoch"], batch["index"])
 
             def mean_loss(params: Any) -> tuple[jax.Array, Any]:
                 variables = {

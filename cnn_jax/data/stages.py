@@ -13,6 +13,9 @@ COPYING = "copying to the device"
 
 STEP = "the step"
 
+HOST = "the host"
+"""It hands over steps more slowly than the device takes them."""
+
 WAITS = 0.05
 """The share of the training time that the device waits, from which on the data limit."""
 
@@ -60,8 +63,9 @@ def limit(
 ) -> str:
     """Returns what limits a training: `STEP`, or a stage if the device waited for data.
 
-    `waiting` and `training` are seconds, the first a part of the second.
+    `waiting` and `training` are seconds, the first a part of the second. Images that lie on the
+    device have no stages; if it waited, then for its next step, so `HOST` limits.
     """
-    if not seconds or waiting < WAITS * training:
+    if waiting <= WAITS * training:
         return STEP
-    return slowest(seconds, num_threads=num_threads)
+    return slowest(seconds, num_threads=num_threads) if seconds else HOST

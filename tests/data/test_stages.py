@@ -8,7 +8,17 @@ import pytest
 from cnn_jax.data import stages as module
 from cnn_jax.data.pipeline import train_batches
 from cnn_jax.data.sources import open_source
-from cnn_jax.data.stages import BATCHING, COPYING, DECODING, READING, STEP, Stages, limit, slowest
+from cnn_jax.data.stages import (
+    BATCHING,
+    COPYING,
+    DECODING,
+    HOST,
+    READING,
+    STEP,
+    Stages,
+    limit,
+    slowest,
+)
 
 
 def test_seconds_of_a_batch_are_without_those_of_its_parts(monkeypatch):
@@ -36,7 +46,9 @@ def test_the_step_limits_unless_the_device_waits():
     seconds = {DECODING: 90.0, COPYING: 1.0}
     assert limit(seconds, waiting=4.9, training=100.0, num_threads=2) == STEP
     assert limit(seconds, waiting=5.1, training=100.0, num_threads=2) == DECODING
-    assert limit({}, waiting=1.0, training=1.0, num_threads=2) == STEP
+    assert limit({}, waiting=4.9, training=100.0, num_threads=2) == STEP
+    assert limit({}, waiting=5.1, training=100.0, num_threads=2) == HOST
+    assert limit({}, waiting=0.0, training=0.0, num_threads=2) == STEP
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """What the commands' flags have in common: their types, and how a command is added."""
 
 import argparse
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -59,11 +60,21 @@ def directory_or_url(text: str) -> Path:
 
 
 def new_file(text: str) -> Path:
-    if Path(text).exists():
+    path = Path(text)
+    if path.exists() or path.is_symlink():
         raise argparse.ArgumentTypeError(f"{text!r} is already there; name another file")
-    if not Path(text).parent.is_dir():
-        raise argparse.ArgumentTypeError(f"{text!r}: there is no directory {Path(text).parent}")
-    return Path(text)
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r}: there is no directory {path.parent}")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise argparse.ArgumentTypeError(f"{text!r}: nothing can be written in {path.parent}")
+    return path
+
+
+def new_picture(text: str) -> Path:
+    path = new_file(text)
+    if path.suffix.lower() != ".png":
+        raise argparse.ArgumentTypeError(f"{text!r}: the name must end in .png")
+    return path
 
 
 def model_name(text: str) -> str:

@@ -4,7 +4,6 @@ import argparse
 import shlex
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from cnn_jax.benchmarking.workload import PEERS, Workload
@@ -14,6 +13,7 @@ from cnn_jax.cli.arguments import (
     image_size,
     model_name,
     names,
+    new_file,
     positive,
 )
 from cnn_jax.cli.config_files import load, parsed
@@ -109,7 +109,10 @@ def add(commands: Any) -> None:
         help="with data: for each stage (default: 5)",
     )
     parser.add_argument(
-        "--json", metavar="FILE", type=Path, help="write the result to FILE, which must not exist"
+        "--json",
+        metavar="FILE",
+        type=new_file,
+        help="write the result to FILE, which must not exist",
     )
 
 

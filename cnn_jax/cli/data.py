@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cnn_jax.cli.arguments import add_command, existing_file, positive
+from cnn_jax.cli.arguments import add_command, existing_file, new_picture, positive
 from cnn_jax.cli.config_files import parsed
 
 USAGE = """\
@@ -98,5 +98,10 @@ def _refuse_what_does_not_go_together(
         refuse("--resize: only with prepare --config FILE")
     if options.output and (options.action == "check" or options.name):
         refuse("--output: only with inspect, and with prepare --config FILE")
+    if options.output and options.action == "inspect":
+        try:
+            new_picture(str(options.output))
+        except argparse.ArgumentTypeError as error:
+            refuse(f"argument --output: {error}")
     if options.threads and (options.action == "inspect" or options.name):
         refuse("--threads: only with check, and with prepare --config FILE")

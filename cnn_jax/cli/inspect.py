@@ -12,6 +12,7 @@ from cnn_jax.cli.arguments import (
     existing_run,
     image_size,
     model_name,
+    new_file,
     positive,
 )
 from cnn_jax.cli.config_files import parsed
@@ -106,8 +107,13 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "--json",
         metavar="FILE",
+        type=_new_file_or_terminal,
         help="write the rows to FILE, which must not exist; -: to the terminal, without the table",
     )
+
+
+def _new_file_or_terminal(text: str) -> str:
+    return text if text == "-" else str(new_file(text))
 
 
 def run(options: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> int:

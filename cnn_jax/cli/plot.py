@@ -2,10 +2,9 @@
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from cnn_jax.cli.arguments import add_command, existing_run, new_file
+from cnn_jax.cli.arguments import add_command, existing_run, new_picture
 
 DESCRIPTION = """\
 Draws loss, accuracy, learning rate and images/s of one or several runs in one
@@ -36,8 +35,8 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "--to",
         metavar="FILE",
-        type=new_file,
-        default=Path("plot.png"),
+        type=new_picture,
+        default="plot.png",
         help="the picture, which must not exist (default: plot.png)",
     )
     parser.add_argument(

@@ -52,9 +52,10 @@ def create_model(name: str, /, **overrides: Any) -> Any:
     Among them is flax's own `name`, of the module inside another. Raises UserError (a ValueError)
     for a name that is not in `MODELS` or an argument that the model does not have.
     """
-    if name not in MODELS:
+    if not isinstance(name, str) or name not in MODELS:
         raise UserError(
-            f"model {name!r}: unknown{nearest(name, MODELS)}; known: {', '.join(sorted(MODELS))}"
+            f"model {name!r}: unknown{nearest(str(name), MODELS)}; "
+            f"known: {', '.join(sorted(MODELS))}"
         )
     known = [
         field.name for field in dataclasses.fields(model_class(name)) if field.name != "parent"

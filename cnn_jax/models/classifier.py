@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Collection, Sequence
+from numbers import Integral
 from typing import Any
 
 import flax.linen as nn
@@ -193,9 +194,10 @@ def depth_rates(rate: float, stage_sizes: Sequence[int]) -> list[list[float]]:
     """
     if not 0 <= rate < 1:
         raise ValueError(f"stochastic_depth_rate={rate}: must be >= 0 and < 1")
-    if not isinstance(stage_sizes, Sequence) or not stage_sizes or min(stage_sizes) < 1:
+    numbers = stage_sizes if isinstance(stage_sizes, Sequence) else ()
+    if not numbers or not all(isinstance(each, Integral) and each >= 1 for each in numbers):
         raise ValueError(
-            f"stage_sizes={stage_sizes}: must be one or more numbers of blocks, each >= 1"
+            f"stage_sizes={stage_sizes!r}: must be one or more numbers of blocks, each >= 1"
         )
     last = max(1, sum(stage_sizes) - 1)
     rates = iter(rate * index / last for index in range(sum(stage_sizes)))

@@ -125,6 +125,7 @@ def test_a_network_that_peers_do_not_have_is_refused(model, arguments):
         (["step", "--config=configs/quickstart.py", "--seconds=4"], "--seconds: only with data"),
         (["data", "--config=configs/quickstart.py", "--peer=linen"], "--peer: not with data"),
         (["data", "--model=resnet50"], "--model: not with data"),
+        (["step", "--model=resnet50", "--batch=1", "--json=configs"], "'configs' is already there"),
     ],
 )
 def test_flags_that_do_not_go_together(bench, capsys, arguments, message):

@@ -151,7 +151,7 @@ def encoded(picture: Image.Image, kind: str) -> bytes:
     return file.getvalue()
 
 
-def test_inspect_says_what_is_there_and_draws_it(data, tmp_path):
+def test_inspect_says_what_is_there_and_draws_it(data, tmp_path, capsys):
     picture = tmp_path / "sheet.png"
     code, output = data("inspect", f"--output={picture}")
     assert code == 0
@@ -160,9 +160,16 @@ def test_inspect_says_what_is_there_and_draws_it(data, tmp_path):
     assert counted(output, "train") == [("cat", "8", "50.00%"), ("dog", "8", "50.00%")]
     with Image.open(picture) as image:
         assert image.size == (1600, 900)
-    code, output = data("inspect", f"--output={picture}")
-    assert code == 1
-    assert "is already there" in output
+    for path, text in {
+        picture: "is already there",
+        tmp_path / "sheet.jpg": "the name must end in .png",
+    }.items():
+        with pytest.raises(SystemExit, match="2"):
+            data("inspect", f"--output={path}")
+        error = capsys.readouterr().err
+        assert "argument --output: " in error
+        assert text in error
+    assert not (tmp_path / "sheet.jpg").exists()
 
 
 class SeenError(Exception):

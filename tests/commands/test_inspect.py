@@ -101,14 +101,14 @@ def test_rows_for_another_program(inspect, tmp_path):
 
     before = path.read_bytes()
     code, output, error = inspect(*arguments, f"--json={path}")
-    assert (code, output) == (1, "")
-    assert error == f"--json {path}: is already there; name a file that is not\n"
+    assert (code, output) == (2, "")
+    assert error.endswith(f"argument --json: '{path}' is already there; name another file\n")
     assert path.read_bytes() == before
 
     nowhere = tmp_path / "no" / "rows.json"
     code, _, error = inspect(*arguments, f"--json={nowhere}")
-    assert code == 1
-    assert error.startswith(f"--json {nowhere}: cannot be written: ")
+    assert code == 2
+    assert error.endswith(f"'{nowhere}': there is no directory {nowhere.parent}\n")
 
 
 USAGE = {

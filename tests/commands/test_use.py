@@ -395,6 +395,9 @@ def test_plot_several_runs(use, reference, complete, tmp_path):
     code, _, error = use("plot", reference, "--to", path)
     assert code == 2
     assert "is already there" in error
+    code, _, error = use("plot", reference, "--to", tmp_path / "plot.pdf")
+    assert (code, (tmp_path / "plot.pdf").exists()) == (2, False)
+    assert "the name must end in .png" in error
     code, _, error = use("plot", tmp_path, "--to", tmp_path / "b.png")
     assert (code, error) == (
         1,

@@ -107,6 +107,12 @@ def test_an_unknown_model_lists_the_known_and_the_nearest():
         create_model("resnt50")
 
 
+def test_what_is_no_name_is_refused_as_one(untyped):
+    for name in (None, 3, []):
+        with pytest.raises(ValueError, match=r"^model .*: unknown; known: bottleneck_mini, "):
+            create_model(name)
+
+
 def test_an_unknown_argument_lists_the_known_and_the_nearest():
     message = r"widht: not an argument of model 'resnet18' \(did you mean 'width'\?\); known: anti"
     with pytest.raises(ValueError, match=message):
@@ -159,6 +165,8 @@ def test_networks_that_cannot_be_are_refused(name, arguments, message):
         ({"width": 1.5}, "width=1.5: must be an integer >= 1"),
         ({"width": "8"}, "width='8': must be an integer >= 1"),
         ({"stage_sizes": 2}, "stage_sizes=2: must be one or more numbers"),
+        ({"stage_sizes": "22"}, "stage_sizes='22': must be one or more numbers"),
+        ({"stage_sizes": (2.5,)}, r"stage_sizes=\(2\.5,\): must be one or more numbers"),
     ],
 )
 def test_arguments_of_another_type_are_refused(monkeypatch, arguments, message):

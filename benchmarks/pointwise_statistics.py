@@ -6,13 +6,15 @@
 Each 1x1 convolution of stride 1 in a ResNet-50, 256 images in bfloat16, forward: the outputs with
 their mean and variance by channel. XLA writes the outputs by cuDNN and reads them again; the
 kernel, of Pallas for Triton, adds up what it has in registers. A lever that is not in the package:
-see docs/performance.md. What the two compute is compared before it is timed. A topology needs
+see docs/performance.md. What the two compute is compared before it is timed, the kernel in the
+quickest of some sizes of blocks. A topology needs
 jax 0.12 and the extra aot-gpu. What is printed is kept in
 benchmarks/results/pointwise_statistics.json.
 """
 
 import argparse
 import contextlib
+import dataclasses
 import functools
 import json
 import os
@@ -49,8 +51,31 @@ LAYERS = {  # (side of the map, channels in, out): how many of them a ResNet-50 
     (7, 512, 2048): 3,
     (7, 2048, 512): 2,
 }
-ROWS, COLUMNS, DEPTH = 128, 128, 64
-"""Of the block of outputs that a program of the kernel makes, and of a step of its product."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """Of the block of outputs that a program of the kernel makes, and of a step of its product."""
+
+    rows: int
+    columns: int
+    depth: int
+    num_warps: int
+    num_stages: int
+
+
+BLOCKS = (
+    Blocks(128, 128, 64, 4, 3),
+    Blocks(128, 128, 64, 8, 3),
+    Blocks(128, 128, 32, 4, 4),
+    Blocks(128, 64, 64, 4, 4),
+    Blocks(64, 128, 64, 4, 4),
+    Blocks(64, 256, 64, 8, 4),
+    Blocks(128, 256, 64, 8, 3),
+    Blocks(256, 128, 64, 8, 3),
+    Blocks(256, 64, 64, 8, 4),
+)
+"""The first is read where nothing can be timed."""
 
 WINDOWS, CALLS = 7, 50
 
@@ -67,33 +92,38 @@ def of_xla(x: Any, kernel: Any) -> Outputs:
     return y, mean, jnp.square(exact).mean(pixels) - jnp.square(mean)
 
 
-def of_kernel(x: Any, kernel: Any, *, interpret: bool = False) -> Outputs:
-    """Returns what `of_xla` does; the pixels of the images must be a multiple of `ROWS`."""
+def of_kernel(
+    x: Any, kernel: Any, *, blocks: Blocks = BLOCKS[0], interpret: bool = False
+) -> Outputs:
+    """Returns what `of_xla` does; pixels of all images must be a multiple of the blocks' rows."""
     rows, (channels, features) = x.reshape(-1, x.shape[3]), kernel.shape
-    blocks, columns = rows.shape[0] // ROWS, min(features, COLUMNS)
-    sums = jax.ShapeDtypeStruct((blocks, features), jnp.float32)
+    programs, columns = rows.shape[0] // blocks.rows, min(features, blocks.columns)
+    sums = jax.ShapeDtypeStruct((programs, features), jnp.float32)
     a_row = pallas.BlockSpec((1, columns), lambda i, j: (i, j))
     y, of_values, of_squares = pallas.pallas_call(
-        functools.partial(_program, interpret=interpret),
-        grid=(blocks, features // columns),
+        functools.partial(_program, depth=min(channels, blocks.depth), interpret=interpret),
+        grid=(programs, features // columns),
         in_specs=[
-            pallas.BlockSpec((ROWS, channels), lambda i, j: (i, 0)),
+            pallas.BlockSpec((blocks.rows, channels), lambda i, j: (i, 0)),
             pallas.BlockSpec((channels, columns), lambda i, j: (0, j)),
         ],
-        out_specs=[pallas.BlockSpec((ROWS, columns), lambda i, j: (i, j)), a_row, a_row],
+        out_specs=[pallas.BlockSpec((blocks.rows, columns), lambda i, j: (i, j)), a_row, a_row],
         out_shape=[jax.ShapeDtypeStruct((rows.shape[0], features), x.dtype), sums, sums],
         interpret=interpret,
-        compiler_params=triton.CompilerParams(num_warps=4, num_stages=3),
+        compiler_params=triton.CompilerParams(
+            num_warps=blocks.num_warps, num_stages=blocks.num_stages
+        ),
     )(rows, kernel)
     mean = of_values.sum(0) / rows.shape[0]
     var = of_squares.sum(0) / rows.shape[0] - jnp.square(mean)
     return y.reshape(*x.shape[:3], features), mean, var
 
 
-def _program(x: Any, kernel: Any, y: Any, of_values: Any, of_squares: Any, interpret: bool) -> None:
+def _program(
+    x: Any, kernel: Any, y: Any, of_values: Any, of_squares: Any, *, depth: int, interpret: bool
+) -> None:
     """Makes one block of outputs, and the sums of what was rounded: BatchNorm sees no other."""
     (rows, channels), columns = x.shape, kernel.shape[1]
-    depth = min(channels, DEPTH)
     interpreted = functools.partial(jnp.dot, preferred_element_type=jnp.float32)
     product = interpreted if interpret else triton.dot
 
@@ -160,7 +190,9 @@ def time_programs() -> list[dict[str, Any]]:
             jax.random.normal(key, each.shape, each.dtype)
             for key, each in zip(keys, shapes(layer), strict=True)
         )
-        programs = {name: jax.jit(form) for name, form in FORMS.items()}
+        blocks = _quickest(x, kernel)
+        forms = {"xla": of_xla, "kernel": functools.partial(of_kernel, blocks=blocks)}
+        programs = {name: jax.jit(form) for name, form in forms.items()}
         expected, found = (program(x, kernel) for program in programs.values())
         errors = [
             float(jnp.abs(a - b.astype(jnp.float32)).max() / jnp.abs(b).max())
@@ -171,16 +203,32 @@ def time_programs() -> list[dict[str, Any]]:
         seconds: dict[str, list[float]] = {name: [] for name in FORMS}
         for _ in range(WINDOWS):
             for name, program in programs.items():
-                start = time.perf_counter()
-                for _ in range(CALLS):
-                    outputs = program(x, kernel)
-                jax.block_until_ready(outputs)
-                seconds[name].append((time.perf_counter() - start) / CALLS)
+                seconds[name].append(_seconds(program, x, kernel))
         medians = {
             name: {"milliseconds": 1e3 * statistics.median(s)} for name, s in seconds.items()
         }
-        rows.append({"layer": layer, "count": count, **medians})
+        rows.append({"layer": layer, "count": count, **medians, "blocks": vars(blocks)})
     return rows
+
+
+def _quickest(x: Any, kernel: Any) -> Blocks:
+    """Returns the blocks by which the kernel is quickest, of those that the card has room for."""
+    seconds = {}
+    for blocks in BLOCKS:
+        program = jax.jit(functools.partial(of_kernel, blocks=blocks))
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            jax.block_until_ready(program(x, kernel))
+            seconds[blocks] = min(_seconds(program, x, kernel) for _ in range(2))
+    return min(seconds, key=seconds.__getitem__)
+
+
+def _seconds(program: Any, x: Any, kernel: Any) -> float:
+    """Returns what one of `CALLS` calls takes."""
+    start = time.perf_counter()
+    for _ in range(CALLS):
+        outputs = program(x, kernel)
+    jax.block_until_ready(outputs)
+    return (time.perf_counter() - start) / CALLS
 
 
 def main() -> None:

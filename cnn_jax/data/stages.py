@@ -17,7 +17,7 @@ HOST = "the host"
 """It hands over steps more slowly than the device takes them."""
 
 WAITS = 0.05
-"""The share of the training time that the device waits, from which on the data limit."""
+"""The share of the training time that the device waits, above which the data limit."""
 
 
 class Stages:

@@ -6,16 +6,18 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from benchmarks import pointwise_statistics
 from cnn_jax import create_model
 
 
-def test_outputs_mean_and_variance():
+@pytest.mark.parametrize("blocks", pointwise_statistics.BLOCKS, ids=str)
+def test_outputs_mean_and_variance(blocks):
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(1, 2, (4, 8, 8, 128)), jnp.bfloat16)
     kernel = jnp.asarray(rng.normal(size=(128, 256)), jnp.bfloat16)
-    y, mean, var = pointwise_statistics.of_kernel(x, kernel, interpret=True)
+    y, mean, var = pointwise_statistics.of_kernel(x, kernel, blocks=blocks, interpret=True)
     exact = np.asarray(x, np.float64) @ np.asarray(kernel, np.float64)
     assert y.dtype == jnp.bfloat16
     np.testing.assert_allclose(np.asarray(y, np.float64), exact, rtol=2**-8, atol=1e-3)

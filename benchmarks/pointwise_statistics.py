@@ -7,9 +7,8 @@ Each 1x1 convolution of stride 1 in a ResNet-50, 256 images in bfloat16, forward
 their mean and variance by channel. XLA writes the outputs by cuDNN and reads them again; the
 kernel, of Pallas for Triton, adds up what it has in registers. A lever that is not in the package:
 see docs/performance.md. What the two compute is compared before it is timed, the kernel in the
-quickest of some sizes of blocks. A topology needs
-jax 0.12 and the extra aot-gpu. What is printed is kept in
-benchmarks/results/pointwise_statistics.json.
+quickest of some sizes of blocks. A topology needs jax 0.12 and the extra aot-gpu. What is printed
+is kept in benchmarks/results/pointwise_statistics.json.
 """
 
 import argparse
@@ -140,6 +139,7 @@ def _program(
 
 
 FORMS = {"xla": of_xla, "kernel": of_kernel}
+COMPILED = jax.jit(of_kernel, static_argnames="blocks")
 
 
 def shapes(layer: tuple[int, int, int], sharding: Any = None) -> list[jax.ShapeDtypeStruct]:
@@ -191,8 +191,7 @@ def time_programs() -> list[dict[str, Any]]:
             for key, each in zip(keys, shapes(layer), strict=True)
         )
         blocks = _quickest(x, kernel)
-        forms = {"xla": of_xla, "kernel": functools.partial(of_kernel, blocks=blocks)}
-        programs = {name: jax.jit(form) for name, form in forms.items()}
+        programs = {"xla": jax.jit(of_xla), "kernel": functools.partial(COMPILED, blocks=blocks)}
         expected, found = (program(x, kernel) for program in programs.values())
         errors = [
             float(jnp.abs(a - b.astype(jnp.float32)).max() / jnp.abs(b).max())
@@ -215,7 +214,7 @@ def _quickest(x: Any, kernel: Any) -> Blocks:
     """Returns the blocks by which the kernel is quickest, of those that the card has room for."""
     seconds = {}
     for blocks in BLOCKS:
-        program = jax.jit(functools.partial(of_kernel, blocks=blocks))
+        program = functools.partial(COMPILED, blocks=blocks)
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             jax.block_until_ready(program(x, kernel))
             seconds[blocks] = min(_seconds(program, x, kernel) for _ in range(2))

@@ -14,7 +14,7 @@ from cnn_jax.benchmarking.workload import OURS, Workload, architecture
 from cnn_jax.errors import UserError
 from cnn_jax.models.geometry import layers, total
 from cnn_jax.runtime.accelerators import ACCELERATORS
-from cnn_jax.runtime.files import write_json_file
+from cnn_jax.runtime.files import refuse_existing, write_json_file
 from cnn_jax.runtime.report import duration
 
 NOT_STEADY = 3
@@ -41,8 +41,8 @@ def bench(
 
     Raises UserError where a peer does not have the network, cannot run or computes something else.
     """
-    if json_file is not None and json_file.exists():
-        raise UserError(f"--json {json_file}: is already there; name a file that is not")
+    if json_file is not None:
+        refuse_existing(json_file)
     if peers:
         architecture(workload)
     with (

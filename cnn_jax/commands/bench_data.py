@@ -15,9 +15,8 @@ from cnn_jax.benchmarking.machine import describe_machine
 from cnn_jax.config import Config
 from cnn_jax.data.pipeline import train_batch, train_batches
 from cnn_jax.data.stages import COPYING, Stages, slowest
-from cnn_jax.errors import UserError
 from cnn_jax.plan import open_part
-from cnn_jax.runtime.files import write_json_file
+from cnn_jax.runtime.files import refuse_existing, write_json_file
 from cnn_jax.runtime.platform import versions
 from cnn_jax.runtime.sharding import batch_sharding, make_mesh, to_devices
 
@@ -35,8 +34,8 @@ def bench_data(config: Config, *, seconds: float, json_file: Path | None = None)
 
     Raises UserError where the data cannot be had or are damaged.
     """
-    if json_file is not None and json_file.exists():
-        raise UserError(f"--json {json_file}: is already there; name a file that is not")
+    if json_file is not None:
+        refuse_existing(json_file)
     data, size, stages = config.data, config.batch_size, Stages()
     source = open_part(config, config.data.parts()["train"], log=print, stages=stages)
     sharding = batch_sharding(make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp))

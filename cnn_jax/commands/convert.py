@@ -19,12 +19,12 @@ from cnn_jax.models.torch_weights import (
     to_torch,
     unfold_conv_biases,
 )
+from cnn_jax.runtime.files import refuse_existing
 from cnn_jax.runtime.platform import versions
 from cnn_jax.runtime.weight_files import (
     COLLECTIONS,
     read_directory,
     read_tensors,
-    refuse_existing,
     sha256,
     write_directory,
     write_tensors,

@@ -25,6 +25,7 @@ from cnn_jax.plan import (
     source_options,
     training_key,
 )
+from cnn_jax.runtime.files import refuse_existing
 from cnn_jax.runtime.report import LINE_EVERY, Progress, duration
 
 EXAMPLES = 16
@@ -158,8 +159,8 @@ def prepare_resized(config: Config, directory: Path, *, shorter_side: int, num_t
 
 def inspect(config: Config, *, picture: Path | None) -> int:
     """Prints splits, classes and image sizes; draws examples into `picture` if given; returns 0."""
-    if picture and picture.exists():
-        raise UserError(f"--output {picture}: is already there; name a file that is not")
+    if picture:
+        refuse_existing(picture)
     info = config.data.dataset()
     sizes = ", ".join(f"{split} {count:,}" for split, count in info.splits.items())
     print(f"{info.name} {info.version}: {info.num_classes} classes; {sizes}")

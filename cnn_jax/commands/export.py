@@ -19,8 +19,8 @@ from cnn_jax.errors import UserError
 from cnn_jax.exported import DESCRIPTION, PROGRAM
 from cnn_jax.plan import as_evaluated
 from cnn_jax.runtime.compiler import compile_program, unseen_options
+from cnn_jax.runtime.files import refuse_existing
 from cnn_jax.runtime.platform import versions
-from cnn_jax.runtime.weight_files import refuse_existing
 from cnn_jax.storage import write_atomically
 from cnn_jax.trained import Trained, open_run
 from cnn_jax.typing import RawImages

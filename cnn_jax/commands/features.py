@@ -13,7 +13,7 @@ import numpy as np
 from cnn_jax.data.pipeline import eval_batches
 from cnn_jax.errors import UserError, nearest
 from cnn_jax.models.explaining import feature_maps, feature_shapes, last_stage
-from cnn_jax.runtime.weight_files import refuse_existing
+from cnn_jax.runtime.files import refuse_existing
 from cnn_jax.storage import write_atomically
 from cnn_jax.trained import Trained, open_run
 from cnn_jax.typing import Images

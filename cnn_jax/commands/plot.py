@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cnn_jax.errors import UserError
+from cnn_jax.runtime.files import refuse_existing
 from cnn_jax.runtime.pictures import draw_runs
 from cnn_jax.runtime.report import METRICS, read_rows
 from cnn_jax.storage import absolute, place
@@ -22,8 +23,7 @@ def plot(workdirs: Sequence[str | Path], to: str | Path, *, smooth: float = 0.8)
     """
     if not 0 <= smooth < 1:
         raise ValueError(f"smooth={smooth}: must be >= 0 and < 1")
-    if Path(to).exists():
-        raise UserError(f"{to}: is already there; name a file that is not")
+    refuse_existing(Path(to))
     runs = {}
     directories = [place(each) for each in workdirs]
     for directory, name in zip(directories, _names(directories), strict=True):

@@ -64,10 +64,15 @@ class GrowingFile:
             self.sync()
 
 
+def refuse_existing(path: Path) -> None:
+    """Raises UserError where there is something at `path`."""
+    if path.exists() or path.is_symlink():
+        raise UserError(f"{path} exists already and is left as it is. Choose another name")
+
+
 def write_json_file(path: Path, text: str) -> None:
     """Writes the file that `--json` names; UserError where it is there or it cannot be written."""
-    if path.exists() or path.is_symlink():
-        raise UserError(f"--json {path}: is already there; name a file that is not")
+    refuse_existing(path)
     try:
         write_atomically(path, text)
     except OSError as error:

@@ -20,6 +20,7 @@ import safetensors.numpy
 
 from cnn_jax.errors import UserError, nearest
 from cnn_jax.runtime.checkpoint import find_damage, quieten_orbax, write_manifest
+from cnn_jax.runtime.files import refuse_existing
 from cnn_jax.runtime.object_storage import prepare_for
 from cnn_jax.runtime.torch_files import read_torch_file
 from cnn_jax.storage import absolute, write_atomically
@@ -124,12 +125,6 @@ def write_directory(
             unfinished.rename(directory.absolute())
     except OSError as error:
         raise UserError(f"cannot write {directory}: {error.strerror or error}") from error
-
-
-def refuse_existing(path: Path) -> None:
-    """Raises UserError where there is something at `path`."""
-    if path.exists() or path.is_symlink():
-        raise UserError(f"{path} exists already and is left as it is. Choose another name")
 
 
 def sha256(path: Path) -> str:

@@ -63,6 +63,12 @@ def convolve(
     return convolution(x, kernel)
 
 
+def convolve_pixels(x: Any, kernel: Any) -> jax.Array:
+    """Returns the 1x1 convolution of x [b, h, w, c] and the kernel [c, f]: `x W` at each pixel."""
+    arguments = {"dimension_numbers": CHANNELS_LAST}
+    return convolve(x, kernel[None, None], (1, 1), [(0, 0), (0, 0)], **arguments)
+
+
 def _is_plain(
     padding: Any,
     *,

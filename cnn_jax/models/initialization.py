@@ -2,11 +2,12 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from cnn_jax.models.convolution import convolve
 from cnn_jax.typing import Array
@@ -37,6 +38,58 @@ def zero_bias(fan_in: int) -> Initializer:
 
 
 @dataclasses.dataclass(frozen=True)
+class Convolution:
+    """An `nn.Conv`, made inside a compact method when it is called, or its kernel alone."""
+
+    features: int
+    kernel_size: Sequence[int]
+    feature_group_count: int
+    initialization: "Initialization"
+    arguments: Mapping[str, Any]
+
+    def __call__(self, x: Array) -> jax.Array:
+        """Returns what `nn.Conv` does."""
+        start = self.initialization
+        return nn.Conv(
+            self.features,
+            self.kernel_size,
+            feature_group_count=self.feature_group_count,
+            kernel_init=start.kernel,
+            bias_init=start.bias(max(1, math.prod(self._shape(x)[:-1]))),
+            conv_general_dilated=convolve,
+            **self.arguments,
+        )(x)
+
+    @property
+    def is_pointwise(self) -> bool:
+        """Whether it multiplies the channels of a pixel by its kernel and adds nothing."""
+        return (
+            tuple(self.kernel_size) == (1, 1)
+            and self.feature_group_count == 1
+            and not self.arguments.get("use_bias", True)
+            and all(tuple(sides) == (0, 0) for sides in self.arguments["padding"])
+        )
+
+    def kernel(self, x: Array) -> jax.Array:
+        """Returns the kernel, [h, w, c, features] and float32, for what convolves x by itself."""
+        return _Kernel(self.initialization.kernel, self._shape(x), name=self.arguments["name"])()
+
+    def _shape(self, x: Array) -> tuple[int, ...]:
+        return (*self.kernel_size, x.shape[-1] // self.feature_group_count, self.features)
+
+
+class _Kernel(nn.Module):
+    """The parameter of an `nn.Conv` without bias."""
+
+    initializer: Initializer
+    shape: tuple[int, ...]
+
+    @nn.compact
+    def __call__(self) -> Any:
+        return self.param("kernel", self.initializer, self.shape, jnp.float32)
+
+
+@dataclasses.dataclass(frozen=True)
 class Initialization:
     """Makes convolutions and dense layers whose weights start in one way.
 
@@ -55,22 +108,9 @@ class Initialization:
         kernel_size: Sequence[int],
         feature_group_count: int = 1,
         **arguments: Any,
-    ) -> Callable[[Array], jax.Array]:
+    ) -> Convolution:
         """Returns an `nn.Conv`, to be called inside a compact method."""
-
-        def call(x: Array) -> jax.Array:
-            fan_in = math.prod(kernel_size) * x.shape[-1] // feature_group_count
-            return nn.Conv(
-                features,
-                kernel_size,
-                feature_group_count=feature_group_count,
-                kernel_init=self.kernel,
-                bias_init=self.bias(max(1, fan_in)),
-                conv_general_dilated=convolve,
-                **arguments,
-            )(x)
-
-        return call
+        return Convolution(features, kernel_size, feature_group_count, self, arguments)
 
     def dense(self, features: int, **arguments: Any) -> Callable[[Array], jax.Array]:
         """Returns an `nn.Dense`, to be called inside a compact method; each call makes one."""

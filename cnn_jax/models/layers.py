@@ -8,8 +8,9 @@ import flax.linen as nn
 import jax
 
 from cnn_jax.models.batch_statistics import relu
-from cnn_jax.models.initialization import KAIMING
+from cnn_jax.models.initialization import KAIMING, Convolution
 from cnn_jax.models.normalization import BatchNorm, Norm, batch_norm
+from cnn_jax.models.normalized_product import pays
 from cnn_jax.typing import FeatureMap
 
 ModuleFactory: TypeAlias = Callable[..., Any]
@@ -97,7 +98,7 @@ class ConvBlock(nn.Module):
                 f"features={self.features}"
             )
         grouped = {"feature_group_count": self.groups} if self.groups > 1 else {}
-        x = self.conv(
+        conv = self.conv(
             self.features,
             kernel_size=pair(self.kernel_size),
             strides=pair(self.strides),
@@ -106,14 +107,33 @@ class ConvBlock(nn.Module):
             dtype=self.dtype,
             name="conv",
             **grouped,
-        )(x)
+        )
+        norm = self.norm(train=train, dtype=self.dtype, name="norm")
+        arguments: dict[str, Any] = {}
+        if isinstance(norm, BatchNorm) and self.act is relu:
+            arguments["rectify"] = True
+        pixels = self._pixels_of_product(x, conv, norm)
+        if pixels is None:
+            x = conv(x)
+        else:
+            x, arguments["kernel"] = pixels, conv.kernel(x)[0, 0]
         if 0 in x.shape[1:3]:
             raise ValueError(
                 f"kernel_size={self.kernel_size}, padding={self.padding}: must leave an output of "
                 "at least one pixel"
             )
-        norm = self.norm(train=train, dtype=self.dtype, name="norm")
-        if self.act is relu and isinstance(norm, BatchNorm):
-            return norm(x, rectify=True)
-        x = norm(x)
-        return x if self.act is None else in_mode(self.act, train=train)(x)
+        x = norm(x, **arguments)
+        if self.act is None or "rectify" in arguments:
+            return x
+        return in_mode(self.act, train=train)(x)
+
+    @nn.nowrap
+    def _pixels_of_product(self, x: FeatureMap, conv: Any, norm: Any) -> FeatureMap | None:
+        """Returns the pixels that the norm had better take than what is convolved, or None."""
+        if not (isinstance(conv, Convolution) and conv.is_pointwise):
+            return None
+        if not (isinstance(norm, BatchNorm) and norm.is_of_batch):
+            return None
+        down, across = pair(self.strides)
+        pixels = x[:, ::down, ::across]
+        return pixels if pays(pixels.shape, self.features) else None

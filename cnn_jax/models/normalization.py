@@ -9,7 +9,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from cnn_jax.models.batch_statistics import normalize
+from cnn_jax.models.batch_statistics import normalize, relu
+from cnn_jax.models.convolution import convolve_pixels
+from cnn_jax.models.normalized_product import normalize_product
 from cnn_jax.typing import Array, FeatureMap
 
 Norm: TypeAlias = Callable[..., Callable[..., Any]]
@@ -59,20 +61,27 @@ class BatchNorm(nn.Module):
     dtype: Any = None
 
     @nn.compact
-    def __call__(self, x: FeatureMap, *, rectify: bool = False) -> FeatureMap:
+    def __call__(
+        self, x: FeatureMap, *, rectify: bool = False, kernel: Array | None = None
+    ) -> FeatureMap:
         """Returns x normalised, through a ReLU if `rectify`, whose gradient is then cheaper.
+
+        With a `kernel` [c, f] it is x W that is normalised; where `is_of_batch`, without being
+        made, see `normalize_product`.
 
         Raises ValueError for an empty batch in training, for one value a channel where `unbiased`
         needs two, for a `group_size` that does not divide the batch, and for groups that do not
         divide into the rows.
         """
-        shape = x.shape[-1:]
+        shape = x.shape[-1:] if kernel is None else kernel.shape[1:]
         scale = self.param("scale", self.scale_init, shape, jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, shape, jnp.float32)
         running_mean: Any = self.variable("batch_stats", "mean", jnp.zeros, shape, jnp.float32)
         running_var: Any = self.variable("batch_stats", "var", jnp.ones, shape, jnp.float32)
 
         dtype = self.dtype or jnp.promote_types(x.dtype, jnp.float32)
+        if kernel is not None and not self.is_of_batch:
+            x, kernel = convolve_pixels(x.astype(dtype), kernel.astype(dtype)), None
         if not self.use_running_average:
             if 0 in x.shape:
                 raise ValueError(f"a batch of shape {x.shape} has no statistics to train on")
@@ -80,7 +89,10 @@ class BatchNorm(nn.Module):
             def normalized(x: Any) -> Any:
                 return normalize(x, scale, bias, self.epsilon, rectify, dtype)
 
-            if self.group_size is None:
+            if kernel is not None:
+                y, mean, var = normalize_product(x, kernel, scale, bias, self.epsilon, dtype)
+                y = relu(y) if rectify else y
+            elif self.group_size is None:
                 y, mean, var = normalized(x)
             else:
                 y, mean, var = jax.vmap(normalized)(self._groups(x))
@@ -89,7 +101,7 @@ class BatchNorm(nn.Module):
                 mean, var = self._by_row(mean, var, running_mean.value.shape)
                 kept_var = var
                 if self.unbiased:
-                    kept_var = var * self._correction(x.size // running_mean.value.size)
+                    kept_var = var * self._correction(y.size // running_mean.value.size)
                 running_mean.value = self._moved(running_mean.value, mean)
                 running_var.value = self._moved(running_var.value, kept_var)
             return y
@@ -101,6 +113,11 @@ class BatchNorm(nn.Module):
         factor = jax.lax.rsqrt(var + self.epsilon) * scale
         y = ((x - mean.reshape(row)) * factor.reshape(row) + bias.reshape(row)).astype(dtype)
         return nn.relu(y) if rectify else y
+
+    @property
+    def is_of_batch(self) -> bool:
+        """Whether it normalises by the statistics of the whole batch."""
+        return not self.use_running_average and self.group_size is None
 
     @nn.nowrap
     def _groups(self, x: Any) -> Any:

@@ -82,13 +82,13 @@ def _forward(
     (x,) = anew(x)
     count = x.size // x.shape[-1]
     x_mean, squares = (each / count for each in _sums(x, x, kernel.dtype))
-    covariance = squares - jnp.outer(x_mean, x_mean)
-    x_deviation = _dot(covariance, kernel)  # E[(x - E[x]) (x W - E[x W])]
-    mean, var = _dot(x_mean, kernel), jnp.maximum(jnp.sum(kernel * x_deviation, 0), 0)
+    mean = _dot(x_mean, kernel)
+    covariance = _dot(squares, kernel) - jnp.outer(x_mean, mean)  # of x and x W
+    var = jnp.maximum(jnp.sum(kernel * covariance, 0), 0)
     inverse = lax.rsqrt(var + epsilon)
     factor = inverse * scale
     y = _affine(_product(x, kernel * factor[None]), bias - mean * factor)
-    return (y, mean, var), (x, kernel, scale, x_mean, x_deviation, inverse)
+    return (y, mean, var), (x, kernel, scale, x_mean, mean, covariance, inverse)
 
 
 def _backward(
@@ -99,20 +99,21 @@ def _backward(
 
 @functools.partial(jax.jit, inline=True)
 def _by_rule(saved: tuple[Any, ...], cotangents: Normalized) -> tuple[jax.Array, ...]:
-    x, kernel, scale, x_mean, x_deviation, inverse = saved
+    x, kernel, scale, x_mean, mean, covariance, inverse = saved
     y_bar, mean_bar, var_bar = cotangents
     count = x.size // x.shape[-1]
     factor = inverse * scale
     bias_bar, products = _sums(x, y_bar, kernel.dtype)
     products = products - jnp.outer(x_mean, bias_bar)  # of x - E[x] and y_bar
     centred = jnp.sum(kernel * products, 0)  # sum of y_bar (x W - mean)
-    # The cotangent of x W is `factor y_bar + along (x W - mean) / count + level`.
-    along = 2 * var_bar - factor * jnp.square(inverse) * centred
-    level = (mean_bar - factor * bias_bar) / count
-    kernel_bar = factor[None] * products + along[None] * x_deviation + jnp.outer(x_mean, mean_bar)
-    square = _dot(kernel * (along / count)[None], kernel.T)
-    x_bar = _product(y_bar, (kernel * factor[None]).T) + _product(x, square)
-    x_bar = _affine(x_bar, _dot(level, kernel.T) - _dot(x_mean, square))
+    # The cotangent of x W is `factor y_bar + along x W + level`.
+    along = (2 * var_bar - factor * jnp.square(inverse) * centred) / count
+    level = (mean_bar - factor * bias_bar) / count - along * mean
+    kernel_bar = factor[None] * products + (count * along)[None] * covariance
+    kernel_bar = kernel_bar + jnp.outer(x_mean, mean_bar)
+    x_bar = _product(y_bar, (kernel * factor[None]).T)
+    x_bar = x_bar + _product(x, _dot(kernel * along[None], kernel.T))
+    x_bar = _affine(x_bar, _dot(level, kernel.T))
     return x_bar, kernel_bar, centred * inverse, bias_bar
 
 

@@ -16,6 +16,7 @@ import importlib.metadata
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -100,12 +101,18 @@ def measure(topology_name: str, network: str, dump: str | None) -> Row:
             "reader": (counted.matrix + counted.elementwise) / images,
         },
         "kernels": hlo.launches(program),
+        "cycles": sum(map(int, re.findall(r'"estimated_cycles":"(\d+)"', _entry(text)))) or None,
         "collectives": [
             {"kind": each.kind, "count": each.count, "bytes": each.bytes}
             for each in hlo.collectives(program)
         ],
         "seconds": seconds,
     }
+
+
+def _entry(text: str) -> str:
+    """Returns the computation that a program begins with; TPU's compiler says what each costs."""
+    return text[text.find("\nENTRY ") :]
 
 
 def _memory(found: Any) -> dict[str, int]:
@@ -215,6 +222,7 @@ CELLS: Mapping[str, tuple[Cell, str]] = {
     ),
     "GFLOP an image, reader": (lambda row: row["flops_per_image"]["reader"] / 1e9, ".2f"),
     "kernels": (lambda row: row["kernels"], ",.0f"),
+    "M cycles": (lambda row: _scaled(row.get("cycles"), 1e6), ".1f"),
     "collectives": (lambda row: sum(each["count"] for each in row["collectives"]), ",.0f"),
     "of MB": (lambda row: sum(each["bytes"] for each in row["collectives"]) / 1e6, ",.1f"),
     "compile, s": (lambda row: row["seconds"]["compiling"], ".0f"),
@@ -303,7 +311,8 @@ How to read it:
 - MB and GFLOP an image, *compiler*: the compiler's cost analysis, which XLA has for TPUs and not
   for GPUs without a card. *Reader*: counted from the optimised HLO by `cnn_jax.runtime.hlo`, the
   same way for all.
-- Kernels are launches a step. Collectives are counted a step, their bytes summed as one device
+- Kernels are launches a step. *M cycles*: millions of them that the compiler for a TPU expects its
+  fusions to take, added up (`estimated_cycles` in the optimised HLO). Collectives are counted a step, their bytes summed as one device
   sees them.
 - Compile times are of one compile each, while other work on the machine came and went: wall times
   of the two steps cannot be compared, and CPU seconds only roughly.

@@ -312,8 +312,8 @@ How to read it:
   for GPUs without a card. *Reader*: counted from the optimised HLO by `cnn_jax.runtime.hlo`, the
   same way for all.
 - Kernels are launches a step. *M cycles*: millions of them that the compiler for a TPU expects its
-  fusions to take, added up (`estimated_cycles` in the optimised HLO). Collectives are counted a step, their bytes summed as one device
-  sees them.
+  fusions to take, added up (`estimated_cycles` in the optimised HLO). Collectives are counted a
+  step, their bytes summed as one device sees them.
 - Compile times are of one compile each, while other work on the machine came and went: wall times
   of the two steps cannot be compared, and CPU seconds only roughly.
 - A program compiled for a GPU without the card has no autotuning: the card's own compile may

@@ -62,30 +62,39 @@ class Convolution:
 
     @property
     def is_pointwise(self) -> bool:
-        """Whether it multiplies the channels of a pixel by its kernel and adds nothing."""
+        """Whether it multiplies the channels of a pixel by its kernel, and nothing else."""
+        asked = {"strides", "padding", "use_bias", "dtype", "name"}
         return (
             tuple(self.kernel_size) == (1, 1)
             and self.feature_group_count == 1
-            and not self.arguments.get("use_bias", True)
-            and all(tuple(sides) == (0, 0) for sides in self.arguments["padding"])
+            and self.arguments.keys() == asked
+            and self.arguments["padding"] == [(0, 0), (0, 0)]
+            and not self.arguments["use_bias"]
         )
 
-    def kernel(self, x: Array) -> jax.Array:
+    def make_kernel(self, x: Array) -> jax.Array:
         """Returns the kernel, [h, w, c, features] and float32, for what convolves x by itself."""
-        return _Kernel(self.initialization.kernel, self._shape(x), name=self.arguments["name"])()
+        shape = self._shape(x)
+        return ConvolutionKernel(self.initialization.kernel, shape, name=self.arguments["name"])()
 
     def _shape(self, x: Array) -> tuple[int, ...]:
         return (*self.kernel_size, x.shape[-1] // self.feature_group_count, self.features)
 
 
-class _Kernel(nn.Module):
-    """The parameter of an `nn.Conv` without bias."""
+class ConvolutionKernel(nn.Module):
+    """The parameter of an `nn.Conv` without bias.
+
+    Attributes:
+      initializer: of the kernel.
+      shape: [h, w, c, features].
+    """
 
     initializer: Initializer
     shape: tuple[int, ...]
 
     @nn.compact
     def __call__(self) -> Any:
+        """Returns the parameter."""
         return self.param("kernel", self.initializer, self.shape, jnp.float32)
 
 

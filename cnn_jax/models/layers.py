@@ -109,31 +109,28 @@ class ConvBlock(nn.Module):
             **grouped,
         )
         norm = self.norm(train=train, dtype=self.dtype, name="norm")
-        arguments: dict[str, Any] = {}
-        if isinstance(norm, BatchNorm) and self.act is relu:
-            arguments["rectify"] = True
+        rectify = self.act is relu and isinstance(norm, BatchNorm)
+        arguments: dict[str, Any] = {"rectify": True} if rectify else {}
         pixels = self._pixels_of_product(x, conv, norm)
         if pixels is None:
             x = conv(x)
         else:
-            x, arguments["kernel"] = pixels, conv.kernel(x)[0, 0]
+            x, arguments["kernel"] = pixels, conv.make_kernel(x)[0, 0]
         if 0 in x.shape[1:3]:
             raise ValueError(
                 f"kernel_size={self.kernel_size}, padding={self.padding}: must leave an output of "
                 "at least one pixel"
             )
         x = norm(x, **arguments)
-        if self.act is None or "rectify" in arguments:
-            return x
-        return in_mode(self.act, train=train)(x)
+        return x if rectify or self.act is None else in_mode(self.act, train=train)(x)
 
     @nn.nowrap
     def _pixels_of_product(self, x: FeatureMap, conv: Any, norm: Any) -> FeatureMap | None:
         """Returns the pixels that the norm had better take than what is convolved, or None."""
-        if not (isinstance(conv, Convolution) and conv.is_pointwise):
+        if not (isinstance(conv, Convolution) and conv.is_pointwise and x.ndim == 4):
             return None
-        if not (isinstance(norm, BatchNorm) and norm.is_of_batch):
+        if not (type(norm) is BatchNorm and norm.is_of_batch):
             return None
-        down, across = pair(self.strides)
+        down, across = conv.arguments["strides"]
         pixels = x[:, ::down, ::across]
         return pixels if pays(pixels.shape, self.features) else None

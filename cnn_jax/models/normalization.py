@@ -80,7 +80,7 @@ class BatchNorm(nn.Module):
         running_var: Any = self.variable("batch_stats", "var", jnp.ones, shape, jnp.float32)
 
         dtype = self.dtype or jnp.promote_types(x.dtype, jnp.float32)
-        if kernel is not None and not self.is_of_batch:
+        if kernel is not None and not self.is_of_batch:  # it is frozen
             x, kernel = convolve_pixels(x.astype(dtype), kernel.astype(dtype)), None
         if not self.use_running_average:
             if 0 in x.shape:

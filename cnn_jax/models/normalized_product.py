@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from cnn_jax.models.batch_statistics import Normalized, anew, normalize
 from cnn_jax.models.convolution import convolve_pixels
@@ -28,11 +29,11 @@ MOST_CHANNELS = 512
 """Of the input: of more, the matrix and what is done with it cost more than is saved."""
 
 MOST_CHANNELS_ON_CPU = 128
-"""A CPU does 6 operations in the time of a byte, an accelerator hundreds."""
+"""Of the input, on a CPU: it does 6 operations in the time of a byte, an accelerator hundreds."""
 
 
 def pays(shape: Sequence[int], features: int) -> bool:
-    """Returns whether `normalize_product` is cheaper for x of this shape [..., c] and a kernel."""
+    """Returns whether `normalize_product` is cheaper for x of this shape and so many features."""
     *pixels, channels = shape
     return WIDENING * channels <= features <= math.prod(pixels) and channels <= MOST_CHANNELS
 
@@ -42,9 +43,11 @@ def normalize_product(
 ) -> Normalized:
     """Returns `normalize(x W, scale, bias, epsilon, rectify=False, dtype)` without making x W.
 
-    The same numbers but for rounding, of x [..., c] and the kernel W [c, f], differentiable in
-    reverse mode. The covariance is `E[x x^T] - E[x] E[x]^T`: digits are lost where means of x are a
-    thousand times the deviation of x W. A CPU makes x W where c is above `MOST_CHANNELS_ON_CPU`.
+    The same numbers but for rounding, of x [b, h, w, c] and the kernel W [c, f], differentiable in
+    reverse mode. Convolution and level have the dtype given, so in bfloat16 y and the cotangent of
+    x are off by that dtype's precision of the means that cancel in them, `E[x] W` over the
+    deviation of x W and `E[y_bar]`: the same at all pixels, as of parameters in bfloat16. A CPU
+    makes x W where c is above `MOST_CHANNELS_ON_CPU`.
     """
     arguments = {"epsilon": epsilon, "dtype": dtype}
     of_statistics = functools.partial(_of_statistics, **arguments)
@@ -87,7 +90,7 @@ def _forward(
     var = jnp.maximum(jnp.sum(kernel * covariance, 0), 0)
     inverse = lax.rsqrt(var + epsilon)
     factor = inverse * scale
-    y = _affine(_product(x, kernel * factor[None]), bias - mean * factor)
+    y = _raised(_product(x, kernel * factor[None]), bias - mean * factor)
     return (y, mean, var), (x, kernel, scale, x_mean, mean, covariance, inverse)
 
 
@@ -113,7 +116,7 @@ def _by_rule(saved: tuple[Any, ...], cotangents: Normalized) -> tuple[jax.Array,
     kernel_bar = kernel_bar + jnp.outer(x_mean, mean_bar)
     x_bar = _product(y_bar, (kernel * factor[None]).T)
     x_bar = x_bar + _product(x, _dot(kernel * along[None], kernel.T))
-    x_bar = _affine(x_bar, _dot(level, kernel.T))
+    x_bar = _raised(x_bar, _dot(level, kernel.T))
     return x_bar, kernel_bar, centred * inverse, bias_bar
 
 
@@ -121,22 +124,27 @@ _by_covariance.defvjp(_forward, _backward)
 
 
 def _sums(a: Any, b: Any, dtype: Any) -> tuple[jax.Array, jax.Array]:
-    """Returns the sums over pixels of b and of `a b^T`."""
+    """Returns the sums over pixels of b and of `a b^T`, whole on every device."""
     pixels = tuple(range(a.ndim - 1))
-    across = (pixels, pixels), ((), ())
-    return jnp.sum(b.astype(dtype), pixels), lax.dot_general(
-        a, b, across, preferred_element_type=dtype
+    squares = lax.dot_general(
+        a,
+        b,
+        ((pixels, pixels), ((), ())),
+        preferred_element_type=dtype,
+        out_sharding=NamedSharding(jax.typeof(a).sharding.mesh, PartitionSpec()),
     )
+    return jnp.sum(b.astype(dtype), pixels), squares
 
 
 def _product(x: Any, kernel: Any) -> Any:
     return convolve_pixels(x, kernel.astype(x.dtype))
 
 
-def _affine(x: Any, level: Any) -> Any:
+def _raised(x: Any, level: Any) -> Any:
+    """Returns their sum, in the dtype of x, as what convolves takes it for a bias then."""
     return x + level.astype(x.dtype).reshape(1, 1, 1, -1)
 
 
 def _dot(a: Any, b: Any) -> Any:
-    """Returns the product of small matrices as exactly as their type is, on a GPU or TPU too."""
+    """Returns the product of small arrays as exactly as their type is, on a GPU or TPU too."""
     return jnp.dot(a, b, precision=lax.Precision.HIGHEST)

@@ -82,9 +82,11 @@ def plain(x, kernel, scale, bias):
     return normalized_product._of_output(x, kernel, scale, bias, epsilon=EPSILON, dtype=x.dtype)
 
 
-@pytest.mark.parametrize(("dtype", "mean"), [("float32", 0.0), ("float32", 30.0), ("bfloat16", 0)])
+@pytest.mark.parametrize(
+    ("dtype", "mean"), [("float32", 0), ("float32", 30), ("bfloat16", 0), ("bfloat16", 3)]
+)
 def test_rounds_no_worse_than_a_norm_behind_the_product(dtype, mean):
-    """Values and gradients of 6,400 pixels, also of an input whose mean is 50 deviations."""
+    """Values and gradients of 6,400 pixels, also of inputs whose mean is 5 and 50 deviations."""
     x, kernel, scale, bias = numbers(16, 64, images=16, size=(20, 20))
     x = jnp.asarray(x + mean, dtype)
     y_bar = np.random.default_rng(1).normal(size=(*x.shape[:3], 64)) + 0.5
@@ -208,14 +210,19 @@ def test_a_frozen_norm_behind_a_product_uses_its_running_statistics():
     )
 
 
-def test_other_convolutions_are_asked_to_convolve():
+def halved(features, **arguments):
+    conv = KAIMING.conv(features, **arguments)
+    return lambda x: conv(x) / 2
+
+
+def masked(features, **arguments):
+    return KAIMING.conv(features, **arguments, mask=jnp.full((1, 1, 4, features), 0.5))
+
+
+@pytest.mark.parametrize("conv", [halved, masked])
+def test_other_convolutions_are_asked_to_convolve(conv):
     """Whoever brings a convolution of his own gets it called."""
-
-    def halved(features, **arguments):
-        conv = KAIMING.conv(features, **arguments)
-        return lambda x: conv(x) / 2
-
-    model = ConvBlock(16, kernel_size=1, padding=0, use_bias=False, conv=halved, norm=batch_norm)
+    model = ConvBlock(16, kernel_size=1, padding=0, use_bias=False, conv=conv, norm=batch_norm)
     images = jnp.asarray(np.random.default_rng(0).normal(size=(8, 6, 6, 4)), jnp.float32)
     variables = model.init(jax.random.key(0), images, train=True)
     _, updated = model.apply(variables, images, train=True, mutable=["batch_stats"])
@@ -246,6 +253,63 @@ def test_moves_fewer_bytes():
         return hlo.traffic(hlo.read(compiled.as_text())).total
 
     assert step(None) < 0.75 * step(16)
+
+
+def test_strides_are_those_of_the_convolution():
+    def unstrided(features, **arguments):
+        return KAIMING.conv(features, **(arguments | {"strides": (1, 1)}))
+
+    block = ConvBlock(
+        16, kernel_size=1, padding=0, strides=2, use_bias=False, conv=unstrided, norm=batch_norm
+    )
+    images = jnp.ones((8, 6, 6, 4))
+    shapes = [
+        jax.eval_shape(
+            lambda train=train: block.init_with_output(jax.random.key(0), images, train=train)
+        )
+        for train in (True, False)
+    ]
+    assert shapes[0][0].shape == shapes[1][0].shape == (8, 6, 6, 16)
+
+
+def test_a_norm_of_ones_own_gets_the_feature_map():
+    class Centred(BatchNorm):
+        def __call__(self, x, *, rectify=False):
+            assert x.shape[-1] == 16
+            return super().__call__(x - x.mean(), rectify=rectify)
+
+    def norm(*, train, dtype, name):
+        return Centred(use_running_average=not train, dtype=dtype, name=name)
+
+    images = jnp.asarray(np.random.default_rng(0).normal(size=(8, 6, 6, 4)), jnp.float32)
+    output, _ = Wide(norm=norm).init_with_output(jax.random.key(0), images, train=True)
+    assert output.shape == (8, 6, 6, 16)
+
+
+def test_trains_on_a_mesh_of_explicit_axes():
+    """What JAX makes unless told otherwise; this package's own meshes leave it to the compiler."""
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
+    images = np.random.default_rng(0).normal(size=(8, 6, 6, 4)).astype(np.float32)
+    model = Wide()
+    variables = model.init(jax.random.key(0), images, train=True)
+
+    @jax.jit
+    def gradient(variables, images):
+        def loss(params):
+            y, _ = model.apply(
+                variables | {"params": params}, images, train=True, mutable=["batch_stats"]
+            )
+            return jnp.sum(jnp.sin(y))
+
+        return jax.grad(loss)(variables["params"])
+
+    expected = gradient(variables, images)
+    with jax.set_mesh(mesh):
+        rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+        found = gradient(variables, jax.device_put(images, rows))
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), found, expected
+    )
 
 
 @pytest.mark.parametrize(("platform", "barriers"), [("cuda", 1), ("tpu", 0), ("cpu", 0)])

@@ -164,9 +164,18 @@ def _an_image(count: float | None, images: float) -> float | None:
 
 
 def _float32(program: hlo.Program, most: int = 5) -> list[dict[str, Any]]:
-    """Returns the largest float32 arrays that the step makes, and where in the source."""
-    alive = [each for each in hlo.liveness(program).buffers if each.kind == "activations"]
-    large = sorted((each for each in alive if each.dtype == "f32"), key=lambda each: -each.bytes)
+    """Returns the largest float32 arrays that the step makes, and where in the source.
+
+    One as large as a float32 argument is taken for that parameter, copied or turned over.
+    """
+    buffers = hlo.liveness(program).buffers
+    exact = [each for each in buffers if each.dtype == "f32"]
+    sizes = {each.bytes for each in exact if each.kind == "arguments"}
+    alive = [each for each in buffers if each.kind == "activations"]
+    large = sorted(
+        (each for each in exact if each.kind == "activations" and each.bytes not in sizes),
+        key=lambda each: -each.bytes,
+    )
     least = 0.01 * max((each.bytes for each in alive), default=0)
     return [
         {

@@ -10,10 +10,15 @@ import sys
 import time
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
+from jax import lax
 
 from cnn_jax.__main__ import main
 from cnn_jax.commands import compile as command
+from cnn_jax.commands.compile_child import _float32
+from cnn_jax.runtime import hlo
 from cnn_jax.runtime.topologies import parse_topology
 
 ROOT = Path(__file__).parents[2]
@@ -558,3 +563,25 @@ def test_missing_compilers_are_told_once_before_anything_is_compiled(monkeypatch
         'h200:1: needs JAX for CUDA: pip install "cnn_jax[aot-gpu]"',
     ]
     assert captured.out == ""
+
+
+def test_float32_activations_are_told_apart_from_copies_of_parameters():
+    """Of a step in bfloat16 that keeps a feature map in float32, and a kernel turned over."""
+
+    def loss(kernel, images):
+        kept = images.astype(jnp.float32) @ kernel
+        product = jnp.sin(kept) @ lax.optimization_barrier(kernel.T)
+        return jnp.sum(jnp.cos(product))
+
+    shapes = (
+        jax.ShapeDtypeStruct((512, 512), jnp.float32),
+        jax.ShapeDtypeStruct((2048, 512), jnp.bfloat16),
+    )
+    text = jax.jit(jax.grad(loss)).lower(*shapes).compile().as_text()
+    assert text is not None
+    program = hlo.read(text)
+    alive = [each for each in hlo.liveness(program).buffers if each.kind == "activations"]
+    assert any(each.array.dims == (512, 512) for each in alive), "there is a copy to leave out"
+    found = _float32(program)
+    assert found
+    assert all(each["shape"] == [2048, 512] for each in found)

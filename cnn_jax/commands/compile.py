@@ -272,10 +272,10 @@ def largest_batch(
 ) -> str:
     """Returns a line that says the largest batch whose training step fits.
 
-    Two compiles foretell it, since memory grows nearly in proportion to the batch; from there the
-    search doubles or halves what is between a batch that fits and one that does not. A batch is a
-    multiple of 8 for each device, or of 1 where not even 8 fit, of each micro-batch and of whole
-    groups of `batch_norm.statistics`, and no larger than the data set.
+    Each compile foretells it, since memory grows nearly in proportion to the batch; where that does
+    not end soon, the search halves what is between a batch that fits and one that does not. A batch
+    is a multiple of 8 for each device, or of 1 where not even 8 fit, of each micro-batch and of
+    whole groups of `batch_norm.statistics`, and no larger than the data set.
 
     Raises UserError where the memory of the device is not known.
     """
@@ -317,10 +317,13 @@ def largest_batch(
             (low, at_low), (high, at_high) = known[-2:] if len(known) > 1 else known * 2
             slope = (at_high - at_low) / max(high - low, 1)
             foretold = int(high + (capacity - at_high) / slope) if slope > 0 else 8 * good
-            if len(peaks) > 4 or not good < foretold < bad:  # it does not grow in proportion
-                foretold = (good + bad) // 2 if bad <= last else 8 * good
-            elif foretold // unit * unit == good:
+            if len(peaks) < 7 and foretold // unit * unit == good:
                 foretold = good + unit
+            elif not good < foretold < bad:
+                foretold = (good + bad) // 2 if bad <= last else 8 * good
+            elif len(peaks) > 6:  # it does not grow in proportion: halves, or ever larger steps
+                step = good >> max(0, 11 - len(peaks))
+                foretold = (good + bad) // 2 if bad <= last else max(foretold, good + step)
             guess = max(good + unit, min(foretold, 8 * good, bad - unit) // unit * unit)
         return good
 

@@ -60,8 +60,7 @@ def normalize_product(
 def _of_output(
     x: Any, kernel: Any, scale: Any, bias: Any, *, epsilon: float, dtype: Any
 ) -> Normalized:
-    x, kernel = x.astype(dtype), kernel.astype(dtype)
-    return normalize(convolve_pixels(x, kernel), scale, bias, epsilon, False, dtype)
+    return normalize(_product(x.astype(dtype), kernel), scale, bias, epsilon, False, dtype)
 
 
 def _of_statistics(

@@ -107,28 +107,8 @@ def test_rounds_as_a_norm_behind_the_product_does(dtype, mean):
         assert errors[0] <= 3 * errors[1] + 3e-7 * np.linalg.norm(right)
 
 
-class Wide(nn.Module):
-    """A 1x1 block that widens, made as blocks are made."""
-
-    norm: object = batch_norm
-    strides: int = 1
-    use_bias: bool = False
-    act: object = relu
-    dtype: object = None
-
-    @nn.compact
-    def __call__(self, x, *, train):
-        return ConvBlock(
-            16,
-            kernel_size=1,
-            padding=0,
-            strides=self.strides,
-            use_bias=self.use_bias,
-            norm=self.norm,
-            act=self.act,
-            dtype=self.dtype,
-            name="block",
-        )(x, train=train)
+wide = functools.partial(ConvBlock, 16, kernel_size=1, padding=0, use_bias=False)
+"""A 1x1 block that widens, made as blocks are made."""
 
 
 @pytest.mark.parametrize("unbiased", [False, True])
@@ -137,10 +117,10 @@ def test_a_block_trains_as_the_oracle_does(strides, unbiased):
     """Outputs, and the running statistics, of which the unbiased count the outputs."""
     norm = functools.partial(batch_norm, unbiased=unbiased)
     images = np.random.default_rng(0).normal(size=(8, 6, 6, 4)).astype(np.float32)
-    model = Wide(norm=norm, strides=strides)
+    model = wide(norm=norm, strides=strides)
     variables = model.init(jax.random.key(0), images, train=True)
     output, updated = model.apply(variables, images, train=True, mutable=["batch_stats"])
-    params, kept = (variables[kind]["block"] for kind in ("params", "batch_stats"))
+    params, kept = (variables[kind] for kind in ("params", "batch_stats"))
     expected, moved = oracles.batch_norm(
         np.asarray(images[:, ::strides, ::strides], np.float64)
         @ np.asarray(params["conv"]["kernel"][0, 0], np.float64),
@@ -152,12 +132,12 @@ def test_a_block_trains_as_the_oracle_does(strides, unbiased):
     np.testing.assert_allclose(output, np.maximum(expected, 0), rtol=1e-5, atol=1e-6)
     for name, value in moved.items():
         np.testing.assert_allclose(
-            updated["batch_stats"]["block"]["norm"][name], value, rtol=1e-5, atol=1e-7
+            updated["batch_stats"]["norm"][name], value, rtol=1e-5, atol=1e-7
         )
 
 
 def products(model, *, train=True, images=None):
-    """Returns how often the block normalises a product instead of a feature map."""
+    """Returns whether the block normalises a product instead of a feature map."""
     images = jnp.zeros((8, 6, 6, 4)) if images is None else images
     found = []
 
@@ -173,13 +153,13 @@ def products(model, *, train=True, images=None):
 
 
 def test_what_is_normalised_as_a_product():
-    assert products(Wide())
-    assert products(Wide(strides=2)), "72 pixels of 16 channels"
-    assert not products(Wide(), train=False)
-    assert not products(Wide(use_bias=True))
-    assert not products(Wide(norm=functools.partial(batch_norm, group_size=4)))
-    assert not products(Wide(strides=2), images=jnp.zeros((1, 6, 6, 4))), "9 pixels"
-    assert not products(Wide(), images=jnp.zeros((8, 6, 6, 9))), "does not widen twofold"
+    assert products(wide())
+    assert products(wide(strides=2)), "72 pixels of 16 channels"
+    assert not products(wide(), train=False)
+    assert not products(wide(use_bias=True))
+    assert not products(wide(norm=functools.partial(batch_norm, group_size=4)))
+    assert not products(wide(strides=2), images=jnp.zeros((1, 6, 6, 4))), "9 pixels"
+    assert not products(wide(), images=jnp.zeros((8, 6, 6, 9))), "does not widen twofold"
 
 
 def test_what_pays():
@@ -189,19 +169,19 @@ def test_what_pays():
 
 def test_has_the_parameters_of_a_block_that_convolves():
     images = jnp.ones((8, 6, 6, 4))
-    trees = [Wide().init(jax.random.key(3), images, train=train) for train in (True, False)]
+    trees = [wide().init(jax.random.key(3), images, train=train) for train in (True, False)]
     assert jax.tree.structure(trees[0]) == jax.tree.structure(trees[1])
     assert jax.tree.all(jax.tree.map(np.array_equal, *trees))
 
 
 def test_a_frozen_norm_behind_a_product_uses_its_running_statistics():
     images = np.random.default_rng(0).normal(size=(8, 6, 6, 4)).astype(np.float32)
-    model = Wide()
+    model = wide()
     variables = model.init(jax.random.key(0), images, train=True)
-    statistics = variables["batch_stats"]["block"]["norm"]
+    statistics = variables["batch_stats"]["norm"]
     statistics = {"mean": statistics["mean"] + 0.5, "var": statistics["var"] * 2}
-    variables |= {"batch_stats": {"block": {"norm": statistics}}}
-    with frozen_statistics(lambda path: path == "block/norm/scale"):
+    variables |= {"batch_stats": {"norm": statistics}}
+    with frozen_statistics(lambda path: path == "norm/scale"):
         output, updated = model.apply(variables, images, train=True, mutable=["batch_stats"])
     expected = model.apply(variables, images, train=False)
     np.testing.assert_allclose(output, expected, rtol=1e-5, atol=1e-6)
@@ -222,7 +202,7 @@ def masked(features, **arguments):
 @pytest.mark.parametrize("conv", [halved, masked])
 def test_other_convolutions_are_asked_to_convolve(conv):
     """Whoever brings a convolution of his own gets it called."""
-    model = ConvBlock(16, kernel_size=1, padding=0, use_bias=False, conv=conv, norm=batch_norm)
+    model = wide(conv=conv)
     images = jnp.asarray(np.random.default_rng(0).normal(size=(8, 6, 6, 4)), jnp.float32)
     variables = model.init(jax.random.key(0), images, train=True)
     _, updated = model.apply(variables, images, train=True, mutable=["batch_stats"])
@@ -259,9 +239,7 @@ def test_strides_are_those_of_the_convolution():
     def unstrided(features, **arguments):
         return KAIMING.conv(features, **(arguments | {"strides": (1, 1)}))
 
-    block = ConvBlock(
-        16, kernel_size=1, padding=0, strides=2, use_bias=False, conv=unstrided, norm=batch_norm
-    )
+    block = wide(strides=2, conv=unstrided)
     images = jnp.ones((8, 6, 6, 4))
     shapes = [
         jax.eval_shape(
@@ -282,7 +260,7 @@ def test_a_norm_of_ones_own_gets_the_feature_map():
         return Centred(use_running_average=not train, dtype=dtype, name=name)
 
     images = jnp.asarray(np.random.default_rng(0).normal(size=(8, 6, 6, 4)), jnp.float32)
-    output, _ = Wide(norm=norm).init_with_output(jax.random.key(0), images, train=True)
+    output, _ = wide(norm=norm).init_with_output(jax.random.key(0), images, train=True)
     assert output.shape == (8, 6, 6, 16)
 
 
@@ -290,7 +268,7 @@ def test_trains_on_a_mesh_of_explicit_axes():
     """What JAX makes unless told otherwise; this package's own meshes leave it to the compiler."""
     mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
     images = np.random.default_rng(0).normal(size=(8, 6, 6, 4)).astype(np.float32)
-    model = Wide()
+    model = wide()
     variables = model.init(jax.random.key(0), images, train=True)
 
     @jax.jit
@@ -315,7 +293,7 @@ def test_trains_on_a_mesh_of_explicit_axes():
 @pytest.mark.parametrize(("platform", "barriers"), [("cuda", 1), ("tpu", 0), ("cpu", 0)])
 @pytest.mark.parametrize("channels", [16, MOST_CHANNELS_ON_CPU + 8])
 def test_accelerators_never_make_the_product(platform, barriers, channels):
-    """In what a compiler for each is given, no array of the outputs is reduced but cotangents."""
+    """For the statistics alone, a program for each has no array of the size of x W; a CPU's may."""
     pixels, features = (4, 5, 3), 2 * channels
     shapes = [(*pixels, channels), (channels, features), (features,), (features,)]
     traced = jax.jit(lambda *arguments: ours(*arguments)[1:]).trace(

@@ -17,6 +17,8 @@ from cnn_jax.typing import Array
 
 Normalized = tuple[jax.Array, jax.Array, jax.Array]
 Sums = Callable[[Any, Any], tuple[jax.Array, jax.Array]]
+Pool = Callable[[Any], jax.Array]
+"""Max pooling: of each window of a feature map the largest value."""
 
 
 def normalize(
@@ -32,6 +34,23 @@ def normalize(
     """
     found: Any = _normalize(x, scale, bias, epsilon, rectify, dtype)
     return found
+
+
+def normalize_pooled(
+    x: Array, pool: Pool, scale: Array, bias: Array, epsilon: float, dtype: Any
+) -> Normalized:
+    """Returns `pool(y)`, mean and var for those that `normalize` returns without `rectify`.
+
+    A maximum and a function that never falls may change places, rounding included. So it is the
+    pooled x that is normalised, a quarter of the numbers behind a stride of 2, and for channels of
+    negative scale the pooled -x. Gradients are the same too, but where rounding makes equals of
+    different x in a window: that of a window goes to the largest x, not to the first of the equals.
+    """
+    sign = jnp.where(scale < 0, -1.0, 1.0)
+    rising = x * _row(sign, x).astype(x.dtype)
+    mean, var = _statistics(rising, _apart)
+    factor = lax.rsqrt(var + epsilon) * (scale * sign)
+    return _affine(pool(rising), mean, factor, bias).astype(dtype), mean * sign, var
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
@@ -53,11 +72,15 @@ def _forward(
 
 
 def _formula(x: Any, scale: Any, bias: Any, epsilon: float, dtype: Any, sums: Sums) -> Normalized:
+    mean, var = _statistics(x, sums)
+    return _affine(x, mean, lax.rsqrt(var + epsilon) * scale, bias).astype(dtype), mean, var
+
+
+def _statistics(x: Any, sums: Sums) -> tuple[Any, Any]:
     exact = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     count = x.size // x.shape[-1]
     mean, square = (each / count for each in sums(exact, jnp.square(exact)))
-    var = jnp.maximum(square - jnp.square(mean), 0)
-    return _affine(x, mean, lax.rsqrt(var + epsilon) * scale, bias).astype(dtype), mean, var
+    return mean, jnp.maximum(square - jnp.square(mean), 0)
 
 
 def _backward(
@@ -194,13 +217,14 @@ def relu(x: Array) -> jax.Array:
     """Returns `max(x, 0)`; its gradient, 0 at 0, reads the output that the next layer needs too.
 
     `nn.relu`'s reads the input, which a compiler then keeps, or makes again from all that it was
-    the sum of.
+    the sum of. One for a TPU keeps the input too, where a stride reads the output, unless a barrier
+    has it made once.
     """
     return rectified(x)
 
 
 def _relu_forward(x: Array) -> tuple[jax.Array, jax.Array]:
-    y = rectified(x)
+    (y,) = lax.platform_dependent(rectified(x), tpu=_barrier, default=_unchanged)
     return y, y
 
 

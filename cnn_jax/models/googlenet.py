@@ -75,10 +75,10 @@ class GoogLeNet(Classifier):
         if self.stem == "small":
             x = block(self.width, name="conv1")(images, train=train)
         else:
-            stem = block(self.width, kernel_size=7, strides=2, padding=3, name="conv1")
-            x = halved(stem(images, train=train))
+            stem = functools.partial(block, kernel_size=7, strides=2, padding=3)
+            x = stem(self.width, pool=halved, name="conv1")(images, train=train)
             x = block(self.width, kernel_size=1, padding=0, name="conv2")(x, train=train)
-            x = halved(block(3 * self.width, name="conv3")(x, train=train))
+            x = block(3 * self.width, pool=halved, name="conv3")(x, train=train)
 
         maps = [x]
         for digit in self._digits():

@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 import flax.linen as nn
 import jax
 
-from cnn_jax.models.batch_statistics import relu
+from cnn_jax.models.batch_statistics import Pool, relu
 from cnn_jax.models.initialization import KAIMING, Convolution
 from cnn_jax.models.normalization import BatchNorm, Norm, batch_norm
 from cnn_jax.models.normalized_product import pays
@@ -61,7 +61,7 @@ def at_least(least: int, **arguments: Any) -> None:
 
 
 class ConvBlock(nn.Module):
-    """Convolution, normalisation, activation: `act(norm(W * x + b))`.
+    """Convolution, normalisation, activation: `act(norm(W * x + b))`, and max pooling if asked.
 
     Attributes:
       features: output channels.
@@ -73,6 +73,8 @@ class ConvBlock(nn.Module):
       groups: shares of the channels that are convolved apart.
       conv, norm, act: what to build the block from; `act=None` leaves the activation out.
       dtype: of the computation; parameters and statistics stay float32.
+      pool: max pooling of what is made, such as `functools.partial(max_pool, window=2, strides=2)`;
+        in training BatchNorm has fewer numbers to normalise than with a pooling behind the block.
     """
 
     features: int
@@ -85,10 +87,11 @@ class ConvBlock(nn.Module):
     norm: Norm = batch_norm
     act: Activation | None = relu
     dtype: Any = None
+    pool: Pool | None = None
 
     @nn.compact
     def __call__(self, x: FeatureMap, *, train: bool) -> FeatureMap:
-        """Returns [b, floor((h - K + 2P) / S) + 1, the same of w, features]."""
+        """Returns [b, floor((h - K + 2P) / S) + 1, the same of w, features], or that pooled."""
         at_least(1, features=self.features, kernel_size=self.kernel_size, strides=self.strides)
         at_least(0, padding=self.padding)
         at_least(1, groups=self.groups)
@@ -121,8 +124,14 @@ class ConvBlock(nn.Module):
                 f"kernel_size={self.kernel_size}, padding={self.padding}: must leave an output of "
                 "at least one pixel"
             )
+        pool = self.pool
+        act = None if rectify or self.act is None else in_mode(self.act, train=train)
+        if pool is not None and act is None and type(norm) is BatchNorm and norm.is_of_batch:
+            arguments["pool"], pool = pool, None
         x = norm(x, **arguments)
-        return x if rectify or self.act is None else in_mode(self.act, train=train)(x)
+        for follow in (act, pool):
+            x = x if follow is None else follow(x)
+        return x
 
     @nn.nowrap
     def _pixels_of_product(self, x: FeatureMap, conv: Any, norm: Any) -> FeatureMap | None:

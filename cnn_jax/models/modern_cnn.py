@@ -128,16 +128,16 @@ class ModernCNN(Classifier):
         if self.stem in ("medium", "small"):
             strides = STEM_STRIDES[self.stem]
             return block(self.width, strides=strides, name="stem")(images, train=train)
+        step = 1 if self.anti_alias else 2
+        pool = functools.partial(max_pool, window=3, strides=step, padding=1)
         if self.stem == "large":
-            stem = block(self.width, kernel_size=7, strides=2, padding=3, name="stem")
+            stem = block(self.width, kernel_size=7, strides=2, padding=3, pool=pool, name="stem")
             x = stem(images, train=train)
         else:
             x = block(self.width // 2, strides=2, name="stem1")(images, train=train)
             x = block(self.width // 2, name="stem2")(x, train=train)
-            x = block(self.width, name="stem3")(x, train=train)
-        if self.anti_alias:
-            return blur_pool(max_pool(x, window=3, strides=1, padding=1))
-        return max_pool(x, window=3, strides=2, padding=1)
+            x = block(self.width, pool=pool, name="stem3")(x, train=train)
+        return blur_pool(x) if self.anti_alias else x
 
     @nn.nowrap
     def check(self) -> None:

@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from cnn_jax.models.batch_statistics import normalize, relu
+from cnn_jax.models.batch_statistics import Pool, normalize, normalize_pooled, relu
 from cnn_jax.models.convolution import convolve_pixels
 from cnn_jax.models.normalized_product import normalize_product
 from cnn_jax.typing import Array, FeatureMap
@@ -62,12 +62,18 @@ class BatchNorm(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: FeatureMap, *, rectify: bool = False, kernel: Array | None = None
+        self,
+        x: FeatureMap,
+        *,
+        rectify: bool = False,
+        kernel: Array | None = None,
+        pool: Pool | None = None,
     ) -> FeatureMap:
         """Returns x normalised, through a ReLU if `rectify`, whose gradient is then cheaper.
 
         With a `kernel` [c, f] it is x W that is normalised; where `is_of_batch`, without being
-        made, see `normalize_product`.
+        made, see `normalize_product`. With a `pool` it is pooled at last, where `is_of_batch`
+        before it is normalised, see `normalize_pooled`.
 
         Raises ValueError for an empty batch in training, for one value a channel where `unbiased`
         needs two, for a `group_size` that does not divide the batch, and for groups that do not
@@ -92,7 +98,10 @@ class BatchNorm(nn.Module):
             if kernel is not None:
                 y, mean, var = normalize_product(x, kernel, scale, bias, self.epsilon, dtype)
                 y = relu(y) if rectify else y
-            elif self.group_size is None:
+            elif pool is not None and self.is_of_batch:
+                y, mean, var = normalize_pooled(x, pool, scale, bias, self.epsilon, dtype)
+                y, pool = relu(y) if rectify else y, None
+            elif self.is_of_batch:
                 y, mean, var = normalized(x)
             else:
                 y, mean, var = jax.vmap(normalized)(self._groups(x))
@@ -101,18 +110,19 @@ class BatchNorm(nn.Module):
                 mean, var = self._by_row(mean, var, running_mean.value.shape)
                 kept_var = var
                 if self.unbiased:
-                    kept_var = var * self._correction(y.size // running_mean.value.size)
+                    count = math.prod(x.shape[:-1]) * mean.shape[-1] // mean.size
+                    kept_var = var * self._correction(count)
                 running_mean.value = self._moved(running_mean.value, mean)
                 running_var.value = self._moved(running_var.value, kept_var)
-            return y
-
-        mean, var = running_mean.value, running_var.value
-        if mean.ndim > 1:
-            mean, var = pooled(mean, var)
-        row = (1,) * (x.ndim - 1) + (-1,)
-        factor = jax.lax.rsqrt(var + self.epsilon) * scale
-        y = ((x - mean.reshape(row)) * factor.reshape(row) + bias.reshape(row)).astype(dtype)
-        return nn.relu(y) if rectify else y
+        else:
+            mean, var = running_mean.value, running_var.value
+            if mean.ndim > 1:
+                mean, var = pooled(mean, var)
+            row = (1,) * (x.ndim - 1) + (-1,)
+            factor = jax.lax.rsqrt(var + self.epsilon) * scale
+            y = ((x - mean.reshape(row)) * factor.reshape(row) + bias.reshape(row)).astype(dtype)
+            y = nn.relu(y) if rectify else y
+        return y if pool is None else pool(y)
 
     @property
     def is_of_batch(self) -> bool:

@@ -110,6 +110,23 @@ def test_only_a_gpu_is_asked_to_compute_again_what_it_could_keep(platform, barri
     assert text.count("stablehlo.optimization_barrier") == barriers
 
 
+@pytest.mark.parametrize(
+    ("platform", "barriers"), [("cuda", ["backward"]), ("tpu", ["forward"]), ("cpu", [])]
+)
+def test_a_tpu_makes_the_output_of_a_relu_once_and_a_gpu_its_gradient(platform, barriers):
+    def at(x):
+        """The value is that of the forward pass of a gradient."""
+        y, pull_back = jax.vjp(relu, x)
+        return {"forward": y, "backward": pull_back(x)[0]}
+
+    found = []
+    for part in ("forward", "backward"):
+        traced = jax.jit(lambda x, part=part: at(x)[part]).trace(jax.ShapeDtypeStruct((9,), "f4"))
+        text = traced.lower(lowering_platforms=(platform,)).as_text()
+        found += [part] * text.count("stablehlo.optimization_barrier")
+    assert found[:1] == barriers
+
+
 @pytest.mark.parametrize("norm", ["batch", "group"])
 def test_a_network_that_evaluates_has_derivatives_of_both_directions(norm):
     """`u . (J v) = v . (J^T u)`."""

@@ -585,7 +585,7 @@ def test_rows_are_in_the_order_of_execution():
     assert [(row.path, row.kind, row.output) for row in layers(SMALL, (32, 48, 1))] == [
         ("stem/conv", "conv", (16, 24, 4)),
         ("stem/norm", "norm", (16, 24, 4)),
-        ("", "max_pool", (8, 12, 4)),
+        ("stem", "max_pool", (8, 12, 4)),
         ("stage1_block1/conv1/conv", "conv", (8, 12, 4)),
         ("stage1_block1/conv1/norm", "norm", (8, 12, 4)),
         ("stage1_block1/conv2/conv", "conv", (8, 12, 4)),
@@ -597,14 +597,13 @@ def test_rows_are_in_the_order_of_execution():
 
 
 TABLE = """\
-layer          kind                output  stride  field  parameters  mult-adds  activation
--------------------------------------------------------------------------------------------
-stem           ConvBlock      16 x 24 x 4       2      7         204    75.26 k   12.00 KiB
-               max_pool        8 x 12 x 4       4     11                           1.50 KiB
-stage1_block1  ResidualBlock   8 x 12 x 4       4     27         304    27.65 k    7.50 KiB
-head           Head                    10          image          50         40        56 B
--------------------------------------------------------------------------------------------
-total                                                            558   102.95 k   21.05 KiB"""
+layer          kind               output  stride  field  parameters  mult-adds  activation
+------------------------------------------------------------------------------------------
+stem           ConvBlock      8 x 12 x 4       4     11         204    75.26 k   13.50 KiB
+stage1_block1  ResidualBlock  8 x 12 x 4       4     27         304    27.65 k    7.50 KiB
+head           Head                   10          image          50         40        56 B
+------------------------------------------------------------------------------------------
+total                                                           558   102.95 k   21.05 KiB"""
 
 
 def test_the_table():

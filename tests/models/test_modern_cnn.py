@@ -113,14 +113,16 @@ def test_stage_by_stage_shapes_of_the_reference(height, width):
                 images,
                 train=False,
                 method=method,
-                capture_intermediates=lambda module, _: module.name == "stem",
+                capture_intermediates=lambda module, _: module.path[:1] == ("stem",),
             ),
             default_variables(),
             jax.ShapeDtypeStruct((2, height, width, 3), jnp.float32),
         )
 
     maps, captured = run("stages")
-    assert captured["intermediates"]["stem"]["__call__"][0].shape == stem
+    layers = captured["intermediates"]["stem"]
+    assert layers["conv"]["__call__"][0].shape == layers["norm"]["__call__"][0].shape == stem
+    assert layers["__call__"][0].shape == expected[0]
     assert [one.shape for one in maps] == expected
     assert run(None)[0].shape == (2, 1000)
 

@@ -37,9 +37,9 @@ def normalize(
 
 
 def normalize_pooled(
-    x: Array, pool: Pool, scale: Array, bias: Array, epsilon: float, dtype: Any
+    x: Array, pool: Pool, scale: Array, bias: Array, epsilon: float, rectify: bool, dtype: Any
 ) -> Normalized:
-    """Returns `pool(y)`, mean and var for those that `normalize` returns without `rectify`.
+    """Returns `pool(y)`, mean and var for those that `normalize` returns.
 
     A maximum and a function that never falls may change places, rounding included. So it is the
     pooled x that is normalised, a quarter of the numbers behind a stride of 2, and for channels of
@@ -50,7 +50,10 @@ def normalize_pooled(
     rising = x * _row(sign, x).astype(x.dtype)
     mean, var = _statistics(rising, _apart)
     factor = lax.rsqrt(var + epsilon) * (scale * sign)
-    return _affine(pool(rising), mean, factor, bias).astype(dtype), mean * sign, var
+    y = _affine(pool(rising), mean, factor, bias).astype(dtype)
+    if rectify:  # barriers, as of `relu`, cost an accelerator more than they save of few numbers
+        y = lax.platform_dependent(y, cpu=relu, default=jax.nn.relu)
+    return y, mean * sign, var
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))

@@ -99,9 +99,8 @@ class BatchNorm(nn.Module):
                 y, mean, var = normalize_product(x, kernel, scale, bias, self.epsilon, dtype)
                 y = relu(y) if rectify else y
             elif pool is not None and self.is_of_batch:
-                y, mean, var = normalize_pooled(x, pool, scale, bias, self.epsilon, dtype)
-                # Of few numbers, for which `relu`'s barrier costs a TPU more than it saves.
-                y, pool = nn.relu(y) if rectify else y, None
+                y, mean, var = normalize_pooled(x, pool, scale, bias, self.epsilon, rectify, dtype)
+                pool = None
             elif self.is_of_batch:
                 y, mean, var = normalized(x)
             else:

@@ -76,9 +76,9 @@ class GoogLeNet(Classifier):
             x = block(self.width, name="conv1")(images, train=train)
         else:
             stem = functools.partial(block, kernel_size=7, strides=2, padding=3)
-            x = stem(self.width, pool=halved, name="conv1")(images, train=train)
+            x = stem(self.width, max_pool=halved, name="conv1")(images, train=train)
             x = block(self.width, kernel_size=1, padding=0, name="conv2")(x, train=train)
-            x = block(3 * self.width, pool=halved, name="conv3")(x, train=train)
+            x = block(3 * self.width, max_pool=halved, name="conv3")(x, train=train)
 
         maps = [x]
         for digit in self._digits():

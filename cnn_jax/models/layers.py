@@ -73,8 +73,9 @@ class ConvBlock(nn.Module):
       groups: shares of the channels that are convolved apart.
       conv, norm, act: what to build the block from; `act=None` leaves the activation out.
       dtype: of the computation; parameters and statistics stay float32.
-      pool: max pooling of what is made, such as `functools.partial(max_pool, window=2, strides=2)`;
-        in training BatchNorm has fewer numbers to normalise than with a pooling behind the block.
+      max_pool: a max pooling of what is made, such as `pooling.max_pool` with a window and strides
+        by `functools.partial`. It has to be by the maximum: a BatchNorm that trains pools first, as
+        that gives the same values, and so has fewer numbers to normalise.
     """
 
     features: int
@@ -87,7 +88,7 @@ class ConvBlock(nn.Module):
     norm: Norm = batch_norm
     act: Activation | None = relu
     dtype: Any = None
-    pool: Pool | None = None
+    max_pool: Pool | None = None
 
     @nn.compact
     def __call__(self, x: FeatureMap, *, train: bool) -> FeatureMap:
@@ -124,7 +125,7 @@ class ConvBlock(nn.Module):
                 f"kernel_size={self.kernel_size}, padding={self.padding}: must leave an output of "
                 "at least one pixel"
             )
-        pool = self.pool
+        pool = self.max_pool
         act = None if rectify or self.act is None else in_mode(self.act, train=train)
         if pool is not None and act is None and type(norm) is BatchNorm and norm.is_of_batch:
             arguments["pool"], pool = pool, None

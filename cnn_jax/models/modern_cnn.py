@@ -131,12 +131,14 @@ class ModernCNN(Classifier):
         step = 1 if self.anti_alias else 2
         pool = functools.partial(max_pool, window=3, strides=step, padding=1)
         if self.stem == "large":
-            stem = block(self.width, kernel_size=7, strides=2, padding=3, pool=pool, name="stem")
+            stem = block(
+                self.width, kernel_size=7, strides=2, padding=3, max_pool=pool, name="stem"
+            )
             x = stem(images, train=train)
         else:
             x = block(self.width // 2, strides=2, name="stem1")(images, train=train)
             x = block(self.width // 2, name="stem2")(x, train=train)
-            x = block(self.width, pool=pool, name="stem3")(x, train=train)
+            x = block(self.width, max_pool=pool, name="stem3")(x, train=train)
         return blur_pool(x) if self.anti_alias else x
 
     @nn.nowrap

@@ -113,7 +113,7 @@ def test_a_block_that_pools_is_a_block_and_a_pooling(arguments, train):
     """Outputs, gradients and statistics; the same parameters from the same key."""
     images = np.random.default_rng(0).normal(size=(8, 9, 8, 4))
     block = ConvBlock(16, **arguments)
-    pooling = block.clone(pool=pool)
+    pooling = block.clone(max_pool=pool)
     variables, others = (
         jax.jit(functools.partial(each.init, train=train))(jax.random.key(3), images)
         for each in (pooling, block)
@@ -147,7 +147,7 @@ def test_norms_of_the_batch_pool(train):
     images = jax.ShapeDtypeStruct((8, 9, 8, 4), jnp.float32)
     first = set()
     for name, arguments in BLOCKS.items():
-        block = ConvBlock(16, pool=pool, **arguments)
+        block = ConvBlock(16, max_pool=pool, **arguments)
         _, captured = jax.eval_shape(
             lambda images, block=block: block.init_with_output(
                 jax.random.key(0), images, train=train, capture_intermediates=True
@@ -161,7 +161,7 @@ def test_norms_of_the_batch_pool(train):
 
 def test_a_frozen_norm_pools_what_it_makes_of_its_running_statistics():
     images = jnp.asarray(np.random.default_rng(0).normal(size=(8, 6, 6, 4)), jnp.float32)
-    model = ConvBlock(16, pool=pool)
+    model = ConvBlock(16, max_pool=pool)
     variables = model.init(jax.random.key(0), images, train=True)
     with frozen_statistics(lambda path: path == "norm/scale"):
         output, updated = model.apply(variables, images, train=True, mutable=["batch_stats"])

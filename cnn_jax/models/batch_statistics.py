@@ -162,17 +162,18 @@ def _affine(x: Any, mean: Any, factor: Any, bias: Any) -> Any:
 def _sums(a: Array, b: Array) -> tuple[jax.Array, jax.Array]:
     """Returns the sums of both by channel.
 
-    For a GPU one reduction takes both over the pixels of each image: XLA would keep apart what it
-    could fuse into that. Over the images they are two, as one that crosses devices would gather.
+    For a GPU one reduction takes both over the pixels of each image, and one over the images: XLA
+    keeps apart what it could fuse into the first, and launches a kernel for each of the second.
     """
     return lax.platform_dependent(a, b, cuda=_together, default=_apart)
 
 
 # Branches have names of their own because JAX keeps the trace of a function that it has seen.
 def _together(a: Any, b: Any) -> Any:
-    pixels, zero = tuple(range(1, a.ndim - 1)), jnp.zeros((), a.dtype)
-    of_images = lax.reduce((a, b), (zero, zero), _add_each, pixels) if pixels else (a, b)
-    return jnp.sum(of_images[0], 0), jnp.sum(of_images[1], 0)
+    zero = jnp.zeros((), a.dtype)
+    for axes in (tuple(range(1, a.ndim - 1)), (0,)):
+        a, b = lax.reduce((a, b), (zero, zero), _add_each, axes)
+    return a, b
 
 
 def _apart(a: Any, b: Any) -> Any:

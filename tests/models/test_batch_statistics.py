@@ -49,6 +49,16 @@ def test_values_and_gradients_are_those_of_the_formula(shape, rectify):
         np.testing.assert_allclose(found, wanted, rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.parametrize("shape", [(4, 5, 3, 6), (8, 6)])
+def test_what_a_gpu_adds_up_is_the_same(shape):
+    """By what it is given, on a CPU."""
+    a, b = np.random.default_rng(0).normal(size=(2, *shape)).astype(np.float32)
+    axes = tuple(range(len(shape) - 1))
+    found = batch_statistics._together(jnp.asarray(a), jnp.asarray(b))
+    for sums, array in zip(found, (a, b), strict=True):
+        np.testing.assert_allclose(sums, array.sum(axes, dtype=np.float64), rtol=1e-5, atol=1e-5)
+
+
 def test_second_derivatives_are_those_of_the_formula():
     rng = np.random.default_rng(1)
     x, direction = rng.normal(size=(2, 5, 3))

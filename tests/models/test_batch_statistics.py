@@ -8,23 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from formulas import EPSILON
+from formulas import batch_norm as formula
 
 from cnn_jax import create_model
 from cnn_jax.models import batch_statistics
 from cnn_jax.models.batch_statistics import normalize, relu
 from cnn_jax.models.layers import ConvBlock
 from cnn_jax.runtime.compiler import compiler_settings
-
-EPSILON = 1e-5
-
-
-def formula(x, scale, bias, rectify):
-    """As it is written in a book, for JAX to derive."""
-    axes = tuple(range(x.ndim - 1))
-    mean, var = x.mean(axes, keepdims=True), x.var(axes, keepdims=True)
-    row = mean.shape
-    y = (x - mean) / jnp.sqrt(var + EPSILON) * scale.reshape(row) + bias.reshape(row)
-    return jnp.where(y > 0, y, 0) if rectify else y, mean.ravel(), var.ravel()
 
 
 def ours(x, scale, bias, rectify):

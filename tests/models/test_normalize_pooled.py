@@ -3,10 +3,12 @@
 import functools
 
 import flax.linen as nn
+import formulas
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from formulas import EPSILON
 
 from cnn_jax.models.batch_statistics import normalize, normalize_pooled
 from cnn_jax.models.layers import ConvBlock
@@ -15,7 +17,6 @@ from cnn_jax.models.pooling import max_pool
 from cnn_jax.runtime import hlo
 from cnn_jax.training.freezing import frozen_statistics
 
-EPSILON = 1e-5
 pool = functools.partial(max_pool, window=3, strides=2, padding=1)
 
 
@@ -42,10 +43,8 @@ def test_values_and_gradients_are_those_of_a_pooling_behind(rectify):
     """Of the formula as it is written in a book, also those that come in by mean and variance."""
 
     def formula(x, scale, bias):
-        mean, var = x.mean((0, 1, 2)), x.var((0, 1, 2))
-        row = functools.partial(jnp.reshape, shape=(1, 1, 1, -1))
-        y = (x - row(mean)) / jnp.sqrt(row(var) + EPSILON) * row(scale) + row(bias)
-        return pool(jnp.where(y > 0, y, 0) if rectify else y), mean, var
+        y, mean, var = formulas.batch_norm(x, scale, bias, rectify)
+        return pool(y), mean, var
 
     rng = np.random.default_rng(1)
     cotangents = tuple(rng.normal(size=size) for size in ((4, 4, 4, 6), (6,), (6,)))

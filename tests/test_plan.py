@@ -14,6 +14,8 @@ from cnn_jax.models import ModernCNN
 from cnn_jax.plan import OF_THE_HOST, STEPS, decisive, make_plan
 from cnn_jax.runtime import programs
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 CONFIGS = Path(__file__).parents[1] / "configs"
 
 

@@ -38,6 +38,9 @@ FLAGS = (
 )
 """Three epochs of 8 steps; evaluated in 38 batches, the last one half full; saved every 3 steps."""
 
+QUICKLY = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
+"""For the processes of one run: JAX keeps programs of the first alone, the second compiles anew."""
+
 HANG = 300
 """Seconds after which a process that should have ended or spoken is taken to hang."""
 
@@ -129,15 +132,19 @@ class Trainer:
         of_each: Sequence[Mapping[str, Any]] = ({}, {}),
         environment: Mapping[str, str] | None = None,
     ) -> list[Child]:
-        """Returns the two processes of a run; `of_each` may give flags and options of each."""
+        """Returns the two processes of a run, compiled `QUICKLY`; `of_each` may give flags and
+        options of each.
+        """
         place = [f"--coordinator=127.0.0.1:{free_port()}", "--num-processes=2"]
         flags = ("--peer-timeout=30", *flags)
         children = []
         for index, own in enumerate(of_each):
-            options = {"environment": environment, **own}
-            own_flags = options.pop("flags", ())
-            told = [*place, f"--process-id={index}"]
-            children.append(self.start(workdir, *flags, *told, *own_flags, **options))
+            told = [*place, f"--process-id={index}", *own.get("flags", ())]
+            options = {key: value for key, value in own.items() if key != "flags"}
+            options["environment"] = (
+                QUICKLY | dict(environment or {}) | dict(own.get("environment", {}))
+            )
+            children.append(self.start(workdir, *flags, *told, **options))
         return children
 
     def run_two(self, workdir: Path, *flags: str, **options: Any) -> tuple[list[int], list[str]]:

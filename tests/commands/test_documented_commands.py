@@ -19,6 +19,8 @@ from cnn_jax.__main__ import _parser, main
 from cnn_jax.cli.config_files import parsed, split_overrides
 from cnn_jax.config import ConfigError
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/**/*.md"))]
 

@@ -6,7 +6,7 @@ import signal
 
 import fsspec
 import pytest
-from driver import TOTAL_STEPS, assert_events_are_the_rows, assert_same_run
+from driver import QUICKLY, TOTAL_STEPS, assert_events_are_the_rows, assert_same_run
 from object_stores import STORES, download
 
 from cnn_jax.__main__ import main
@@ -78,6 +78,7 @@ def test_two_processes_end_as_one_on_a_disk(trainer, tmp_path, store):
     workdir = f"{bucket}/runs/two"
     codes, outputs = trainer.run_two(workdir, environment=environment)
     assert codes == [0, 0], outputs
-    code, output = trainer.run(tmp_path / "one", environment={"JAX_NUM_CPU_DEVICES": "2"})
+    two_devices = QUICKLY | {"JAX_NUM_CPU_DEVICES": "2"}
+    code, output = trainer.run(tmp_path / "one", environment=two_devices)
     assert code == 0, output
     assert_same_run(download(workdir, tmp_path / "two"), tmp_path / "one")

@@ -9,6 +9,7 @@ import time
 import numpy as np
 import pytest
 from driver import (
+    QUICKLY,
     ROOT,
     TOTAL_STEPS,
     assert_same_run,
@@ -22,7 +23,7 @@ from driver import (
 from cnn_jax.runtime.platform import RESTART
 
 SOON = "--peer-timeout=10"
-UNCACHED = {"JAX_ENABLE_COMPILATION_CACHE": "false", "JAX_LOG_COMPILES": "1"}
+UNCACHED = {"JAX_ENABLE_COMPILATION_CACHE": "false", "JAX_LOG_COMPILES": "1", "XLA_FLAGS": ""}
 LONG_EVALUATION = ["--config.data.test_split=test[:800]", "--config.eval.batch_size=2"]
 """400 batches: what follows the last step of an epoch within a moment comes in the midst of it."""
 
@@ -66,7 +67,8 @@ def assert_near(workdir, reference, *, step=TOTAL_STEPS):
 @pytest.mark.slow
 def test_two_processes_train_as_one_and_one_of_them_speaks(trainer, tmp_path, pair, reference):
     workdir, outputs = pair
-    code, output = trainer.run(tmp_path / "one", environment={"JAX_NUM_CPU_DEVICES": "2"})
+    two_devices = QUICKLY | {"JAX_NUM_CPU_DEVICES": "2"}
+    code, output = trainer.run(tmp_path / "one", environment=two_devices)
     assert code == 0, output
     assert_same_run(workdir, tmp_path / "one")
     assert_near(workdir, reference)
@@ -176,8 +178,8 @@ def test_a_damaged_checkpoint_is_set_aside_by_one_and_both_restore_the_previous(
 
 def test_processes_whose_compilers_differ_are_refused_by_both(trainer, tmp_path):
     flags = "--xla_cpu_enable_fast_math=true --xla_dump_to=/tmp/nowhere"
-    own = {"environment": {"XLA_FLAGS": flags}}
-    codes, outputs = trainer.run_two(tmp_path / "run", of_each=[{}, own])
+    each = [{"environment": {"XLA_FLAGS": told}} for told in ("", flags)]
+    codes, outputs = trainer.run_two(tmp_path / "run", of_each=each)
     assert codes == [1, 1], outputs
     for output in outputs:
         assert "XLA_FLAGS: '' in process 0, '--xla_cpu_enable_fast_math=true' in process" in output

@@ -61,7 +61,7 @@ def run_flax(case: Case, dtype: str) -> Run:
     """What the package computes in this precision."""
     with jax.enable_x64(dtype == "float64"):
         tensors = {name: x.astype(dtype) for name, x in case.draw_tensors().items()}
-        variables = jax.tree.map(jnp.asarray, case.from_torch(tensors))
+        variables = case.from_torch(tensors)
         batches = [
             (jnp.asarray(images, dtype), jnp.asarray(labels))
             for images, labels in case.draw_batches()
@@ -155,7 +155,7 @@ def _training(case: Case, variables, batches) -> Run:
         step=jnp.zeros((), jnp.int32),
         params=variables["params"],
         batch_stats=variables.get("batch_stats", {}),
-        opt_state=tx.init(variables["params"]),
+        opt_state=jax.jit(tx.init, **quick())(variables["params"]),
     )
     run = {}
     for images, labels in batches:

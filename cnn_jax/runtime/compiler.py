@@ -39,6 +39,16 @@ OPTIONS: Mapping[str, Options] = {
 }
 """What XLA is told of each platform beyond its own defaults."""
 
+OF_KINDS: Mapping[str, Options] = {
+    # How much of the fast memory one fusion may use, by default 16 MiB: with 48 its tiles are
+    # larger, and a convolution reads less of its input twice. A ResNet-50 step moves 0.9 of the
+    # bytes and takes about twice as long to compile (docs/performance.md). Others train with as
+    # much: https://github.com/marin-community/marin/pull/3053
+    kind: {"xla_tpu_scoped_vmem_limit_kib": "49152"}
+    for kind in ("TPU v5 lite", "TPU v5")  # v5e, v5p
+}
+"""What XLA is told of devices of one kind, beside that."""
+
 DETERMINISTIC: Mapping[str, Options] = {
     # Without it cuDNN and the scatters of a gradient add up in whichever order they finish.
     "gpu": {"xla_gpu_deterministic_ops": True},
@@ -52,6 +62,9 @@ WITHOUT_FUSED_REDUCTIONS: Options = {
     YNN_FUSIONS: "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT,LIBRARY_FUSION_TYPE_INDIVIDUAL_CONVOLUTION"
 }
 """What cures a program that `may_be_wrong`: YNNPACK is left with single products only."""
+
+ENVIRONMENT = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
+"""Environment variables with flags of compilers."""
 
 CACHE_BYTES = 4 * 2**30
 
@@ -95,7 +108,7 @@ def compiler_settings(
 
     Each option is first tried on an empty program, for `device` (of a described topology, say) or
     for the default one: a compiler does not know every option of every version. What XLA_FLAGS
-    says of an option of `OPTIONS` stands.
+    and LIBTPU_INIT_ARGS say of an option of `OPTIONS` and `OF_KINDS` stands.
 
     Raises ValueError for an unknown platform.
     """
@@ -103,8 +116,13 @@ def compiler_settings(
         platform = str(jax.default_backend() if device is None else device.platform)
     if platform not in OPTIONS:
         raise ValueError(f"platform is {platform!r}; it must be one of {', '.join(OPTIONS)}")
-    said = {flag.lstrip("-").partition("=")[0] for flag in os.environ.get("XLA_FLAGS", "").split()}
-    wanted = {name: value for name, value in OPTIONS[platform].items() if name not in said}
+    if device is None and platform == jax.default_backend():
+        device = jax.local_devices()[0]
+    kind = "" if device is None else str(device.device_kind)
+    flags = " ".join(os.environ.get(name, "") for name in ENVIRONMENT).split()
+    said = {flag.lstrip("-").partition("=")[0] for flag in flags}
+    options = {**OPTIONS[platform], **OF_KINDS.get(kind, {})}
+    wanted = {name: value for name, value in options.items() if name not in said}
     wanted |= DETERMINISTIC.get(platform, {}) if deterministic else {}
     known = {name: value for name, value in wanted.items() if _is_known(name, value, device)}
     return CompilerSettings(platform, known, tuple(name for name in wanted if name not in known))
@@ -112,7 +130,7 @@ def compiler_settings(
 
 def told_by_environment() -> dict[str, str]:
     """Returns what this process's environment tells the compilers, but for what they dump."""
-    told = {name: os.environ.get(name, "") for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")}
+    told = {name: os.environ.get(name, "") for name in ENVIRONMENT}
     told["JAX_DEFAULT_MATMUL_PRECISION"] = CONFIG.jax_default_matmul_precision or ""
     return {
         name: " ".join(flag for flag in flags.split() if not flag.startswith("--xla_dump"))

@@ -524,9 +524,13 @@ def test_a_gpu_needs_less_memory_where_blocks_are_computed_again(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("topology", "needs"), [("v5e:2x2", "libtpu"), ("h200:8", "jax_cuda12_plugin")]
+    ("topology", "needs", "told"),
+    [
+        ("v5e:2x2", "libtpu", "xla_tpu_scoped_vmem_limit_kib=49152, float32 products in bfloat16"),
+        ("h200:8", "jax_cuda12_plugin", "xla_gpu_enable_latency_hiding_scheduler=True, "),
+    ],
 )
-def test_a_small_model_compiles_for_machines_that_are_not_there(topology, needs, tmp_path):
+def test_a_small_model_compiles_for_machines_that_are_not_there(topology, needs, told, tmp_path):
     if importlib.util.find_spec(needs) is None:
         pytest.skip(f"{needs} is not installed")
     report = tmp_path / "report.json"
@@ -541,6 +545,7 @@ def test_a_small_model_compiles_for_machines_that_are_not_there(topology, needs,
     assert code == 0, output
     (row,) = json.loads(report.read_text())["rows"]
     assert row["devices"] == parse_topology(topology).num_devices
+    assert row["compiler"].startswith(told)
     assert row["memory"]["fits"]
     assert row["estimate"]["images_per_second"] > 0
     assert (

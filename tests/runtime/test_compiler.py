@@ -248,6 +248,16 @@ def test_what_the_environment_says_of_an_option_stands(monkeypatch):
     assert list(compiler_settings("cpu").options) == [compiler.YNN_FUSIONS]
 
 
+def test_what_is_for_devices_of_one_kind_goes_to_them_alone(monkeypatch):
+    own, option = jax.devices()[0].device_kind, "xla_backend_optimization_level"
+    monkeypatch.setattr(compiler, "OF_KINDS", {own: {option: "1"}, "TPU v9": {option: "2"}})
+    assert dict(compiler_settings("cpu").options) == {**compiler.OPTIONS["cpu"], option: "1"}
+    assert compiler_settings(device=jax.devices()[3]).options[option] == "1"
+    assert option not in compiler_settings("gpu").options, "no such device is here"
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", f"--{option}=0")
+    assert option not in compiler_settings("cpu").options
+
+
 def test_the_precision_of_products_is_said():
     assert compiler_settings("cpu").describe().endswith("REDUCE, float32 products in float32")
     assert compiler_settings("tpu").describe() == "XLA's defaults, float32 products in bfloat16"

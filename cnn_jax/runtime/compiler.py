@@ -19,6 +19,7 @@ from typing import Any
 import jax
 
 from cnn_jax.errors import UserError
+from cnn_jax.runtime.accelerators import ACCELERATORS
 from cnn_jax.runtime.distributed import any_of
 from cnn_jax.training.miscompile import may_be_wrong
 
@@ -44,8 +45,8 @@ OF_KINDS: Mapping[str, Options] = {
     # larger, and a convolution reads less of its input twice. A ResNet-50 step moves 0.9 of the
     # bytes and takes about twice as long to compile (docs/performance.md). Others train with as
     # much: https://github.com/marin-community/marin/pull/3053
-    kind: {"xla_tpu_scoped_vmem_limit_kib": "49152"}
-    for kind in ("TPU v5 lite", "TPU v5")  # v5e, v5p
+    ACCELERATORS[name].kind: {"xla_tpu_scoped_vmem_limit_kib": "49152"}
+    for name in ("v5e", "v5p")
 }
 """What XLA is told of devices of one kind, beside that."""
 
@@ -63,8 +64,10 @@ WITHOUT_FUSED_REDUCTIONS: Options = {
 }
 """What cures a program that `may_be_wrong`: YNNPACK is left with single products only."""
 
-ENVIRONMENT = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
-"""Environment variables with flags of compilers."""
+FLAGS: Mapping[str, str] = {"tpu": "LIBTPU_INIT_ARGS"}
+"""Environment variables with flags of a platform's compiler, beside XLA_FLAGS."""
+
+ENVIRONMENT = ("XLA_FLAGS", *FLAGS.values())
 
 CACHE_BYTES = 4 * 2**30
 

@@ -20,7 +20,7 @@ from jax.experimental.serialize_executable import deserialize_and_load, serializ
 from jax.sharding import Mesh, NamedSharding
 
 from cnn_jax.errors import UserError
-from cnn_jax.runtime.compiler import Options, processor, was_read_from_cache
+from cnn_jax.runtime.compiler import FLAGS, Options, processor, was_read_from_cache
 from cnn_jax.runtime.sharding import describe_mesh
 
 PACKAGES = ("cnn_jax", "jax", "jaxlib", "flax", "optax")
@@ -30,9 +30,6 @@ COMPILERS: Mapping[str, Sequence[str]] = {
     "cpu": (),
 }
 """Packages in which a platform's compiler comes, beside jaxlib."""
-
-FLAGS: Mapping[str, str] = {"tpu": "LIBTPU_INIT_ARGS"}
-"""Environment variables with flags of a platform's compiler, beside XLA_FLAGS."""
 
 STEP = "the step (its StableHLO)"
 ARGUMENT = "argument "

@@ -39,7 +39,10 @@ FLAGS = (
 """Three epochs of 8 steps; evaluated in 38 batches, the last one half full; saved every 3 steps."""
 
 QUICKLY = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
-"""For the processes of one run: JAX keeps programs of the first alone, the second compiles anew."""
+"""For the processes of one run: JAX keeps programs of the first alone, the second compiles anew.
+
+That two of them end as one does is also seen compiled as in use (test_train_object_storage.py).
+"""
 
 HANG = 300
 """Seconds after which a process that should have ended or spoken is taken to hang."""
@@ -141,9 +144,11 @@ class Trainer:
         for index, own in enumerate(of_each):
             told = [*place, f"--process-id={index}", *own.get("flags", ())]
             options = {key: value for key, value in own.items() if key != "flags"}
-            options["environment"] = (
-                QUICKLY | dict(environment or {}) | dict(own.get("environment", {}))
-            )
+            options["environment"] = {
+                **QUICKLY,
+                **(environment or {}),
+                **own.get("environment", {}),
+            }
             children.append(self.start(workdir, *flags, *told, **options))
         return children
 

@@ -1,6 +1,7 @@
 """`train`, on the command line."""
 
 import argparse
+import gc
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -138,6 +139,7 @@ def run(options: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> in
 
         from cnn_jax.commands.train import train
 
+        gc.freeze()  # what was imported stays: the collector need not go through it while we trace
         return train(
             config,
             workdir,

@@ -195,13 +195,10 @@ class Progress:
 
 def plot_curves(rows: Sequence[Row], path: Path) -> None:
     """Draws loss and accuracy over the epochs, training and test, as a PNG."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for axis, quantity in zip(axes, ("loss", "accuracy"), strict=True):
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    for axis, quantity in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
         for split, style in (("train", "-"), ("test", "o-")):
             name = f"{split}/{quantity}"
             points = [(row["epoch"], row[name]) for row in rows if name in row]
@@ -215,5 +212,4 @@ def plot_curves(rows: Sequence[Row], path: Path) -> None:
             axis.legend()
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=120)
-    plt.close(figure)
     write_atomically(path, picture.getvalue())

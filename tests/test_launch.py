@@ -130,6 +130,9 @@ def test_kubernetes(path):
     name = jobset["metadata"]["name"]
     host = f"{name}-{job['name']}-0-0.{pod['subdomain']}"
     assert variables["COORDINATOR"].partition(":")[0] == host
+    (volume,) = container["volumeMounts"]
+    cache = Path(variables.pop("JAX_COMPILATION_CACHE_DIR"))
+    assert cache.is_relative_to(volume["mountPath"])
 
     variables["COORDINATOR"] = f"127.0.0.1:{free_port()}"
     children = [

@@ -634,6 +634,8 @@ def _saved_program(
         return None
     here = plan.conditions(step, lowered)
     try:
+        if jax.process_count() > 1:
+            raise executables.UnusableError("saved programs are for runs of one process")
         program = executables.load(directory, step, here, list(plan.mesh.devices.flat))
     except executables.UnusableError as error:
         reasons = str(error).replace("\n", "\n  ")

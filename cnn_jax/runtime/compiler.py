@@ -20,7 +20,7 @@ import jax
 
 from cnn_jax.errors import UserError
 from cnn_jax.runtime.accelerators import ACCELERATORS
-from cnn_jax.runtime.distributed import any_of
+from cnn_jax.runtime.distributed import any_of, is_alone, is_shared
 from cnn_jax.training.miscompile import may_be_wrong
 
 Options = Mapping[str, bool | str]
@@ -344,6 +344,23 @@ def start_cache(log: Callable[[str], None]) -> str | None:
     _unless_told("jax_persistent_cache_min_compile_time_secs", 0.0)
     _unless_told("jax_persistent_cache_min_entry_size_bytes", -1)
     return directory
+
+
+def use_cache_together() -> None:
+    """Turns JAX's cache off in a run of processes that would not all find the same there.
+
+    JAX writes it from process 0 alone. Where others do not see its directory, process 0 reads a
+    program that they compile; on GPUs they then wait for the kernels that are its part to try, by
+    XLA's patience a day (https://github.com/marin-community/marin/issues/9042). On CPUs programs
+    have another key in each process. `runtime.programs` keeps those of all.
+
+    Call it before JAX compiles anything.
+    """
+    if is_alone():
+        return
+    shared = is_shared(CONFIG.jax_compilation_cache_dir or "")
+    if not shared or jax.default_backend() == "cpu":
+        jax.config.update("jax_enable_compilation_cache", False)
 
 
 def processor() -> str:

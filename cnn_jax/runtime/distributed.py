@@ -12,6 +12,7 @@ import itertools
 import json
 import os
 import re
+import secrets
 import sys
 import threading
 import time
@@ -347,6 +348,11 @@ def is_first() -> bool:
     return _peers is None or _peers.index == 0
 
 
+def is_alone() -> bool:
+    """Returns whether this process is the only one of its run."""
+    return _peers is None
+
+
 def who() -> str:
     """Returns `process 1 of 2: `, to put before an error; nothing for a process that is alone."""
     return "" if _peers is None else f"process {_peers.index} of {_peers.count}: "
@@ -375,6 +381,31 @@ def from_first(name: str, make: Callable[[], Any]) -> Any:
 def any_of(name: str, value: bool) -> bool:
     """Returns whether the value is true in any process."""
     return together(name, value, any)
+
+
+def is_shared(directory: str) -> bool:
+    """Returns whether all processes find in their `directory`, or URL, what process 0 has there."""
+    mark = from_first("a mark to see", lambda: _mark(directory))
+    if "://" in directory:
+        return not any_of("another place", mark != directory)
+    path = Path(directory, mark)
+    shared = not any_of("another place", not (directory and mark and path.exists()))
+    if is_first() and mark:
+        path.unlink(missing_ok=True)
+    return shared
+
+
+def _mark(directory: str) -> str:
+    """Returns the name of a new file there, the URL that it is, or "" where none can be."""
+    if not directory or "://" in directory:
+        return directory
+    name = f".mark-{secrets.token_hex(8)}"
+    try:
+        Path(directory).mkdir(parents=True, exist_ok=True)
+        Path(directory, name).touch()
+    except OSError:
+        return ""
+    return name
 
 
 def agree(what: str, facts: Callable[[], Mapping[str, Any]]) -> None:

@@ -168,8 +168,6 @@ def load(
     is damaged, or is not surely this user's own.
     """
     executable, description = saved_files(directory, name)
-    if jax.process_count() > 1:
-        raise UnusableError("saved programs are for runs of one process")
     try:
         _check(directory, directory.stat())
         with _damage(description):

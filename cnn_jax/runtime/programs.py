@@ -4,7 +4,11 @@ To ask JAX's compilation cache for a program, a step has to be traced and lowere
 longer than to read the answer. Here it is found by everything that tracing it would depend on: the
 configuration, the abstract arguments, the source of this package, the versions of the others, the
 devices, and what JAX and the compilers are told. Where something else could have a say, such as
-code that is not this package's, or other processes of a run, programs are traced as ever.
+code that is not this package's, programs are traced as ever.
+
+The processes of a run use what they made at the same time, or all make it again: compiled at two
+times, a program may order its collectives in two ways (https://github.com/openxla/xla/issues/7716),
+and on GPUs a process that compiles waits for the others to try their part of its kernels.
 """
 
 import contextlib
@@ -15,6 +19,7 @@ import json
 import os
 import platform
 import re
+import secrets
 import shutil
 import site
 import sys
@@ -29,7 +34,7 @@ import jax
 from cnn_jax.errors import UserError
 from cnn_jax.runtime import executables
 from cnn_jax.runtime.compiler import KEPT, NOT_KEPT, TRACED, Options
-from cnn_jax.runtime.distributed import source_digest
+from cnn_jax.runtime.distributed import from_first, source_digest, together
 
 CONFIG: Any = jax.config  # a type checker does not know its attributes
 
@@ -40,6 +45,9 @@ PACKAGES = ("numpy", "ml_dtypes", "jaxtyping", "nvidia-cudnn-cu12", "nvidia-cudn
 
 VARIABLES = ("XLA_", "LIBTPU_", "TPU_", "TF_", "CUDNN_", "CUBLAS_", "NVIDIA_TF32_OVERRIDE", "FLAX_")
 """How environment variables begin that have a say in a program; JAX's own are in its config."""
+
+MADE = "made"
+"""A file beside a program: what it says is the same for those that processes made together."""
 
 NO_SAY = re.compile("cache|_log")
 """What the names have in common of those of JAX's settings that have no say in a program."""
@@ -79,27 +87,42 @@ class KeptPrograms:
         }
         digest = hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()
         place = self._directory / f"{name}-{digest[:32]}"
-        if place.exists():
-            try:
-                program = executables.load(place, name, entries, devices)
-            except executables.UnusableError as error:
-                self._log(f"the kept program '{name}' is made again: {error}")
-                shutil.rmtree(place, ignore_errors=True)
-            else:
-                with contextlib.suppress(OSError):
-                    os.utime(place)
-                jax.monitoring.record_event(KEPT)
-                return program
+        program, made = self._find(place, name, entries, devices)
+        if together(f"kept {name}", made, _made_together) and program is not None:
+            with contextlib.suppress(OSError):
+                os.utime(place)
+            jax.monitoring.record_event(KEPT)
+            return program
+        shutil.rmtree(place, ignore_errors=True)
         program = make()
-        why_not = self._keep(place, name, program, entries)
+        made = from_first(f"made {name}", lambda: secrets.token_hex(8))
+        why_not = self._keep(place, name, program, entries, made)
         if why_not:
             jax.monitoring.record_event(NOT_KEPT, why=why_not)
         else:
             jax.monitoring.record_event(TRACED)
         return program
 
+    def _find(
+        self, place: Path, name: str, entries: Mapping[str, str], devices: Sequence[Any]
+    ) -> tuple[jax.stages.Compiled | None, str]:
+        """Returns the program that is kept there and what it is `MADE`; None, "" for none."""
+        if not place.exists():
+            return None, ""
+        try:
+            made = (place / MADE).read_text()
+            return executables.load(place, name, entries, devices), made
+        except (executables.UnusableError, OSError) as error:
+            self._log(f"the kept program '{name}' is made again: {error}")
+            return None, ""
+
     def _keep(
-        self, place: Path, name: str, program: jax.stages.Compiled, entries: Mapping[str, str]
+        self,
+        place: Path,
+        name: str,
+        program: jax.stages.Compiled,
+        entries: Mapping[str, str],
+        made: str,
     ) -> str:
         """Returns why the program is not kept; an empty string where it is."""
         if source_digest() != self._source:
@@ -109,6 +132,7 @@ class KeptPrograms:
             unfinished = Path(tempfile.mkdtemp(prefix="unfinished-", dir=self._directory))
             try:
                 executables.save(unfinished, name, program, entries)
+                (unfinished / MADE).write_text(made)
                 unfinished.rename(place)  # fails where another start was faster
             finally:
                 shutil.rmtree(unfinished, ignore_errors=True)
@@ -118,18 +142,23 @@ class KeptPrograms:
         return ""
 
     def _make_room(self) -> None:
-        """Deletes what was used longest ago, of more than BYTES."""
+        """Deletes what was used longest ago, of more than BYTES for each process of a run."""
         found = []
         for place in self._directory.iterdir():
             with contextlib.suppress(OSError):  # another start has deleted it
                 size = sum(file.stat().st_size for file in place.iterdir())
                 found.append((place.stat().st_mtime, place, size))
-        excess = sum(size for _, _, size in found) - BYTES
+        excess = sum(size for _, _, size in found) - BYTES * jax.process_count()
         for _, place, size in sorted(found):
             if excess <= 0:
                 break
             shutil.rmtree(place, ignore_errors=True)
             excess -= size
+
+
+def _made_together(each: Sequence[str]) -> bool:
+    """Returns whether all have a program, made by the same start."""
+    return bool(each[0]) and len(set(each)) == 1
 
 
 _programs: KeptPrograms | None = None
@@ -154,8 +183,6 @@ def obstacle() -> str:
     """Returns why no program of this process is kept; an empty string where they are."""
     if _programs is None:
         return "there is no compilation cache in a local directory"
-    if jax.process_count() > 1:
-        return "the processes of a run compile in step"
     stranger = foreign_module()
     return f"{stranger} could have a say in them" if stranger else ""
 
@@ -179,7 +206,7 @@ def kept(
       options: what it is compiled with.
       decided_by: whatever else `make` looks at, such as the configuration.
     """
-    why_not = obstacle()
+    why_not = together(f"keeping {name}", obstacle(), lambda each: next(filter(None, each), ""))
     if _programs is None or why_not:
         jax.monitoring.record_event(NOT_KEPT, why=why_not)
         return make()
@@ -199,6 +226,7 @@ def _surroundings(devices: Sequence[Any]) -> dict[str, str]:
             versions[package] = importlib.metadata.version(package)
     return {
         **versions,
+        "process": f"{jax.process_index()} of {jax.process_count()}",
         "topology": ", ".join(map(repr, devices)),
         "version of the platform": devices[0].client.platform_version,
         **{name: value for name, value in os.environ.items() if name.startswith(VARIABLES)},

@@ -5,11 +5,14 @@ import re
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
+import jax
 import pytest
 from driver import ROOT, assert_same_run
 
 from cnn_jax.__main__ import main
+from cnn_jax.commands import train
 
 LOGGED = {"JAX_LOG_COMPILES": "1", "JAX_ENABLE_COMPILATION_CACHE": "false"}
 
@@ -120,3 +123,10 @@ def test_a_mistyped_directory_is_told(tmp_path, capsys):
         main(["train", f"--config={ROOT}/configs/quickstart.py", f"--compiled={tmp_path / 'no'}"])
     assert exit_.value.code == 2
     assert "argument --compiled: no directory" in capsys.readouterr().err
+
+
+def test_several_processes_compile_for_themselves(programs, monkeypatch, capsys):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    plan = SimpleNamespace(conditions=lambda step, lowered: {})
+    assert train._saved_program(plan, "train", None, programs) is None
+    assert "saved programs are for runs of one process" in capsys.readouterr().out

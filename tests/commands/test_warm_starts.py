@@ -2,11 +2,12 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
-from driver import ROOT, assert_same_run
+from driver import ROOT, assert_same_run, assert_same_weights
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +45,31 @@ def test_a_run_from_kept_programs_is_the_one_that_was_traced(
     assert "compiling the" not in output
     assert_same_run(kept, traced)
     assert_same_run(kept, reference)
+
+
+@pytest.mark.slow
+def test_two_processes_use_what_both_have_kept_or_compile_together(trainer, tmp_path):
+    """Each has a cache of its own, as on two machines; one is lost before the third start."""
+    caches = [tmp_path / "cache" / str(index) for index in range(2)]
+    of_each = [
+        {"environment": {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_LOG_COMPILES": "1"}}
+        for cache in caches
+    ]
+    found = []
+    for name in ("traced", "kept", "lost"):
+        if name == "lost":
+            shutil.rmtree(caches[1])
+        workdir = tmp_path / name
+        codes, outputs = trainer.run_two(workdir, "--config.num_epochs=1", of_each=of_each)
+        assert codes == [0, 0], outputs
+        found.append(programs_of(workdir)["without tracing"])
+        traced = [output.count("Finished tracing step for jit") for output in outputs]
+        assert traced == ([0, 0] if name == "kept" else [2, 2])
+        assert_same_weights(workdir, tmp_path / "traced", step=8)
+    assert found == [0, 3, 0]
+    marks = [sorted(path.read_text() for path in cache.rglob("made")) for cache in caches]
+    assert marks[0] == marks[1]
+    assert len(marks[0]) == 3
 
 
 def test_evaluate_traces_once(reference, environment, tmp_path):

@@ -179,6 +179,28 @@ def test_the_switch_of_jax_turns_it_off(home):
     assert list(home.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("alone", "shared", "platform", "used"),
+    [
+        (True, False, "cpu", True),
+        (False, True, "gpu", True),
+        (False, False, "gpu", False),
+        (False, True, "cpu", False),
+    ],
+)
+def test_processes_use_the_cache_where_all_find_the_same(
+    alone, shared, platform, used, home, monkeypatch
+):
+    directory = compiler.start_cache(print)
+    seen = []
+    monkeypatch.setattr(compiler, "is_alone", lambda: alone)
+    monkeypatch.setattr(compiler, "is_shared", lambda place: seen.append(place) or shared)
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    compiler.use_cache_together()
+    assert jax.config.jax_enable_compilation_cache == used
+    assert seen == ([] if alone else [directory])
+
+
 def test_what_the_user_has_told_jax_holds(home, monkeypatch):
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "gs://bucket/cache")
     monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "7")

@@ -137,7 +137,7 @@ def test_a_tpu_machine_that_is_no_part_of_a_slice_is_one_process(hosts, environm
 
 
 TOGETHER = """
-import json, sys
+import json, os, sys
 import numpy as np
 from cnn_jax.runtime import distributed
 distributed.join(distributed.find_place(*json.loads(sys.argv[1])))
@@ -158,6 +158,17 @@ told = {
     "any": distributed.any_of("any", index == 1),
     "none": distributed.any_of("any", False),
 }
+places = {
+    "one": sys.argv[2],
+    "own": f"{sys.argv[2]}/{index}",
+    "one URL": "gs://bucket/cache",
+    "own URL": f"gs://bucket/{index}",
+    "none": "",
+    "none there": sys.argv[2] if index else "",
+    "none here": "" if index else sys.argv[2],
+    "a file": os.devnull,
+}
+told["shared"] = [name for name, path in places.items() if distributed.is_shared(path)]
 distributed.agree("nothing", lambda: {"a": 1})
 try:
     distributed.agree("names", lambda: {"a": 1, "b": index, **({"c": 1} if index else {})})
@@ -184,7 +195,7 @@ distributed.leave(0)
 
 
 @pytest.mark.parametrize("launcher", ["flags", "Slurm", "Open MPI", "Cloud TPU"])
-def test_two_processes_join_agree_and_share_batches(launcher, environment):
+def test_two_processes_join_agree_and_share_batches(launcher, environment, tmp_path):
     port = str(free_port())
     places = [[None, None, None]] * 2
     if launcher == "flags":
@@ -204,7 +215,7 @@ def test_two_processes_join_agree_and_share_batches(launcher, environment):
         own = {"JAX_NUM_CPU_DEVICES": "2", "JAX_COORDINATOR_PORT": port, **variables}
         processes.append(
             subprocess.Popen(
-                [sys.executable, "-c", TOGETHER, json.dumps(place)],
+                [sys.executable, "-c", TOGETHER, json.dumps(place), str(tmp_path)],
                 cwd=ROOT,
                 env=os.environ | own,
                 stdout=subprocess.PIPE,
@@ -224,11 +235,13 @@ def test_two_processes_join_agree_and_share_batches(launcher, environment):
         "of the first": 0,
         "any": True,
         "none": False,
+        "shared": ["one", "one URL"],
         "error": "the processes of this run differ in names:\n"
         "  b: 0 in process 0, 1 in process 1\n"
         "  c: not set in process 0, 1 in process 1",
         "batches": the_batches_of_one_process(),
     }
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 WITHOUT_END = """

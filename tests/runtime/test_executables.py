@@ -237,9 +237,3 @@ def test_another_users_files_are_not_opened(saved, monkeypatch):
     monkeypatch.setattr(os, "getuid", lambda: saved.stat().st_uid + 1)
     with pytest.raises(UnusableError, match=r"belongs to another user$"):
         load(saved)
-
-
-def test_several_processes_compile_for_themselves(saved, monkeypatch):
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
-    with pytest.raises(UnusableError, match="for runs of one process"):
-        load(saved)

@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.metadata
+import itertools
 import json
 import os
 import subprocess
@@ -202,8 +203,16 @@ def flip(path):
     path.write_bytes(contents)
 
 
-@pytest.mark.parametrize("name", ["step.executable", "step.json"])
-@pytest.mark.parametrize("damage", [cut, flip, Path.unlink, lambda path: path.chmod(0o666)])
+@pytest.mark.parametrize(
+    ("damage", "name"),
+    [
+        *itertools.product(
+            [cut, flip, Path.unlink, lambda path: path.chmod(0o666)],
+            ["step.executable", "step.json"],
+        ),
+        (Path.unlink, "made"),
+    ],
+)
 def test_a_damaged_program_is_made_again_and_replaced(damage, name, program, shelf):
     directory, lines = shelf
     ask(program)
@@ -277,12 +286,47 @@ def test_without_a_cache_in_a_directory_nothing_is_kept(cache, program, shelf):
     assert ask(program)[1]
 
 
-def test_processes_of_a_run_trace(program, shelf, monkeypatch):
+@pytest.fixture
+def other(monkeypatch):
+    """Returns what another process says of keeping a program, and of what it has kept."""
+    said = {"keeping step": "", "kept step": ""}
+
+    def together(name, value, decide):
+        return decide([value, said[name]])
+
+    monkeypatch.setattr(programs, "together", together)
+    return said
+
+
+def mark_of(shelf):
+    (path,) = shelf[0].glob("step-*/made")
+    return path.read_text()
+
+
+def test_what_all_processes_have_made_together_is_found(program, shelf, other):
     ask(program)
-    assert programs.obstacle() == ""
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
-    assert programs.obstacle() == "the processes of a run compile in step"
+    other["kept step"] = mark_of(shelf)
+    ask()
+    assert mark_of(shelf) == other["kept step"]
+
+
+@pytest.mark.parametrize("theirs", ["", "made at another time"])
+def test_what_another_process_lacks_or_made_at_another_time_all_make_again(
+    theirs, program, shelf, other
+):
+    ask(program)
+    before = mark_of(shelf)
+    other["kept step"] = theirs
     assert ask(program)[1]
+    assert mark_of(shelf) != before
+
+
+def test_what_another_process_cannot_keep_none_keeps(program, shelf, other):
+    other["keeping step"] = "no disk there"
+    counter = CompilationCounter()
+    assert ask(program)[1]
+    assert counter.why_not == "no disk there"
+    assert files_of(shelf[0]) == []
 
 
 def test_nothing_is_kept_where_other_code_has_a_say(program, shelf, monkeypatch):
@@ -357,7 +401,7 @@ def test_two_starts_at_once_leave_one_program(tmp_path):
     both = [start("a"), start("b")]
     assert [process.communicate(timeout=300)[0] for process in both] == ["made\n256.0\n"] * 2
     (place,) = (tmp_path / "programs").iterdir()
-    assert {path.name for path in place.iterdir()} == {"step.executable", "step.json"}
+    assert {path.name for path in place.iterdir()} == {"step.executable", "step.json", "made"}
     assert start("c").communicate(timeout=300)[0] == "256.0\n"
 
 

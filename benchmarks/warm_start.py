@@ -6,7 +6,8 @@ For each configuration, command and repeat there is an empty cache: the command 
 starts again. `compiling` is the time from the first program that is asked for until the last is
 there, tracing included: for `train` that of its summary, for the others the sum of their programs,
 of which `serve` has one for each size of a batch and one for the evidence, and is told to stop
-when it is ready. `whole` is the time of the process. The target is a warm start of
+when it is ready. Two processes of one device each have caches of their own, as on two machines.
+`whole` is the time of the process. The target is a warm start of
 at most 10 % of the cold one's compiling. The result is kept in benchmarks/results/warm_start.json.
 """
 
@@ -15,6 +16,7 @@ import json
 import os
 import platform
 import re
+import socket
 import statistics
 import subprocess
 import sys
@@ -85,26 +87,54 @@ sys.exit(main(sys.argv[1:]))
 """`python -m cnn_jax`, which says how long it takes to compile; `serve` ends when it is ready."""
 
 
-def run(arguments: Sequence[str], cache: Path) -> tuple[str, float]:
-    """Returns what a process that must succeed has said, and its seconds."""
+def launch(arguments: Sequence[str], cache: Path, **variables: str) -> subprocess.Popen:
     environment = {name: text for name, text in os.environ.items() if "CACHE" not in name}
-    start = time.perf_counter()
-    process = subprocess.run(
+    return subprocess.Popen(
         [sys.executable, *arguments],
         cwd=ROOT,
-        env=environment | {"JAX_COMPILATION_CACHE_DIR": str(cache)},
+        env=environment | {"JAX_COMPILATION_CACHE_DIR": str(cache)} | variables,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
-    seconds = time.perf_counter() - start
+
+
+def end(process: subprocess.Popen) -> str:
+    """Returns what a process that must succeed has said."""
+    said, _ = process.communicate()
     if process.returncode:
-        sys.exit(process.stdout)
-    return process.stdout, seconds
+        sys.exit(said)
+    return said
 
 
-def train(workdir: Path, flags: Sequence[str], cache: Path) -> dict[str, float]:
-    _, whole = run(["train.py", *flags, *SHORT, f"--workdir={workdir}"], cache)
+def run(arguments: Sequence[str], cache: Path) -> tuple[str, float]:
+    """Returns what a process that must succeed has said, and its seconds."""
+    begin = time.perf_counter()
+    said = end(launch(arguments, cache))
+    return said, time.perf_counter() - begin
+
+
+def train(
+    workdir: Path, flags: Sequence[str], cache: Path, *, num_processes: int = 1
+) -> dict[str, float]:
+    begin = time.perf_counter()
+    arguments = ["train.py", *flags, *SHORT, f"--workdir={workdir}"]
+    if num_processes == 1:
+        end(launch(arguments, cache))
+    else:
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            place = f"--coordinator=127.0.0.1:{listener.getsockname()[1]}"
+        arguments += [place, f"--num-processes={num_processes}"]
+        processes = [
+            launch(
+                [*arguments, f"--process-id={index}"], cache / str(index), JAX_NUM_CPU_DEVICES="1"
+            )
+            for index in range(num_processes)
+        ]
+        for process in processes:
+            end(process)
+    whole = time.perf_counter() - begin
     summary = json.loads((workdir / "summary.json").read_text())
     return {
         "compiling": summary["seconds"]["compiling"],
@@ -129,6 +159,8 @@ def measure(config: str, folder: Path, data_dir: Path) -> dict[str, dict[str, di
     starts = {"cold": {}, "warm": {}}
     for start, found in starts.items():
         found["train"] = train(folder / start, flags, folder / "cache of train")
+        workdir, cache = folder / f"two {start}", folder / "cache of two"
+        found["train, two processes"] = train(workdir, flags, cache, num_processes=2)
     run(["-m", "cnn_jax", "export", trained, f"--to={exported}"], folder / "cache of export")
     for start, found in starts.items():
         commands = {

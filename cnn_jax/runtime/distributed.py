@@ -388,10 +388,12 @@ def is_shared(directory: str) -> bool:
     mark = from_first("a mark to see", lambda: _mark(directory))
     if "://" in directory:
         return not any_of("another place", mark != directory)
-    path = Path(directory, mark)
-    shared = not any_of("another place", not (directory and mark and path.exists()))
+    path = os.path.join(directory, mark)
+    seen = bool(directory and mark) and os.path.exists(path)
+    shared = not any_of("another place", not seen)
     if is_first() and mark:
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            os.unlink(path)
     return shared
 
 

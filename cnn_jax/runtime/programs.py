@@ -110,7 +110,7 @@ class KeptPrograms:
         if not place.exists():
             return None, ""
         try:
-            made = (place / MADE).read_text()
+            made = (place / MADE).read_text(errors="replace")
             return executables.load(place, name, entries, devices), made
         except (executables.UnusableError, OSError) as error:
             self._log(f"the kept program '{name}' is made again: {error}")

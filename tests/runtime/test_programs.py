@@ -112,6 +112,7 @@ def other_variable(name):
 ELSEWHERE = {
     "source": other_source,
     "configuration's code": lambda _: programs.note_config_file(b"def get_config(): ..."),
+    "process": lambda patch: patch.setattr(jax, "process_index", lambda: 1),
     "processor": lambda patch: patch.setattr(executables, "processor", lambda: "arm64-0"),
     "python": lambda patch: patch.setattr(programs.platform, "python_version", lambda: "3.0"),
     **{name: other_version(name) for name in ("jax", "jaxlib", "flax", "optax", "numpy")},

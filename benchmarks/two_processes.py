@@ -74,7 +74,7 @@ class Way:
                     stdout=subprocess.DEVNULL,
                 )
                 for workdir in workdirs
-                for place in _places(self.processes)
+                for place in places(self.processes)
             ]
             codes = [child.wait() for child in children]
             if any(codes):
@@ -90,7 +90,7 @@ WAYS = {
 }
 
 
-def _places(processes: int) -> list[list[str]]:
+def places(processes: int) -> list[list[str]]:
     """Returns what each process of a run is told of the others."""
     if processes == 1:
         return [[]]

@@ -16,7 +16,6 @@ import json
 import os
 import platform
 import re
-import socket
 import statistics
 import subprocess
 import sys
@@ -29,6 +28,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 from seeds import processor
+from two_processes import places
 
 from cnn_jax.runtime.platform import versions
 
@@ -87,12 +87,12 @@ sys.exit(main(sys.argv[1:]))
 """`python -m cnn_jax`, which says how long it takes to compile; `serve` ends when it is ready."""
 
 
-def launch(arguments: Sequence[str], cache: Path, **variables: str) -> subprocess.Popen:
+def launch(arguments: Sequence[str], cache: Path) -> subprocess.Popen:
     environment = {name: text for name, text in os.environ.items() if "CACHE" not in name}
     return subprocess.Popen(
         [sys.executable, *arguments],
         cwd=ROOT,
-        env=environment | {"JAX_COMPILATION_CACHE_DIR": str(cache)} | variables,
+        env=environment | {"JAX_COMPILATION_CACHE_DIR": str(cache)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -119,21 +119,12 @@ def train(
 ) -> dict[str, float]:
     begin = time.perf_counter()
     arguments = ["train.py", *flags, *SHORT, f"--workdir={workdir}"]
-    if num_processes == 1:
-        end(launch(arguments, cache))
-    else:
-        with socket.socket() as listener:
-            listener.bind(("127.0.0.1", 0))
-            place = f"--coordinator=127.0.0.1:{listener.getsockname()[1]}"
-        arguments += [place, f"--num-processes={num_processes}"]
-        processes = [
-            launch(
-                [*arguments, f"--process-id={index}"], cache / str(index), JAX_NUM_CPU_DEVICES="1"
-            )
-            for index in range(num_processes)
-        ]
-        for process in processes:
-            end(process)
+    processes = [
+        launch([*arguments, *place], cache / str(index))
+        for index, place in enumerate(places(num_processes))
+    ]
+    for process in processes:
+        end(process)
     whole = time.perf_counter() - begin
     summary = json.loads((workdir / "summary.json").read_text())
     return {

@@ -129,13 +129,11 @@ def run(options: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> in
 
     # Here rather than above: help and mistyped flags should not wait for data and checkpoints.
     from cnn_jax.config import ConfigError
-    from cnn_jax.runtime.compiler import use_cache_together
     from cnn_jax.runtime.workdir import has_checkpoint
 
     workdir = options.workdir or Path("runs", options.config.stem)
     place = distributed.find_place(options.coordinator, options.num_processes, options.process_id)
     distributed.join(place, timeout=options.join_timeout, peer_timeout=options.peer_timeout)
-    use_cache_together()
     try:
         config = parsed(options.config, overrides, check_weights=not has_checkpoint(workdir))
 

@@ -25,7 +25,11 @@ from cnn_jax.feeding import Feeding, make_feeding
 from cnn_jax.plan import Plan, make_plan, open_part
 from cnn_jax.runtime import distributed, executables
 from cnn_jax.runtime.checkpoint import Checkpoints
-from cnn_jax.runtime.compiler import CompilationCounter, told_by_environment
+from cnn_jax.runtime.compiler import (
+    CompilationCounter,
+    told_by_environment,
+    use_cache_together,
+)
 from cnn_jax.runtime.platform import Interrupted, StopSignals, advice_on_pages, versions
 from cnn_jax.runtime.report import (
     METRICS,
@@ -92,6 +96,7 @@ def train(
             **flatten_dict(config.as_dict(), sep="."),
         },
     )
+    use_cache_together()
     plan = make_plan(config)
     distributed.agree("compilers", lambda: {"settings": plan.compiler.describe()})
     _say(f"{plan.describe()}\nworkdir    {directory}")

@@ -358,6 +358,7 @@ def use_cache_together() -> None:
     """
     if is_alone():
         return
+    # All ask, whatever their platform: the others would wait for one that does not.
     shared = is_shared(CONFIG.jax_compilation_cache_dir or "")
     if not shared or jax.default_backend() == "cpu":
         jax.config.update("jax_enable_compilation_cache", False)

@@ -39,7 +39,7 @@ FLAGS = (
 """Three epochs of 8 steps; evaluated in 38 batches, the last one half full; saved every 3 steps."""
 
 QUICKLY = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
-"""For the processes of one run: JAX keeps programs of the first alone, the second compiles anew.
+"""For the processes of one run, which all compile what they have not kept from an earlier one.
 
 That two of them end as one does is also seen compiled as in use (test_train_object_storage.py).
 """

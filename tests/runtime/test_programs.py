@@ -306,6 +306,7 @@ def mark_of(shelf):
 
 def test_what_all_processes_have_made_together_is_found(program, shelf, other):
     ask(program)
+    assert programs.obstacle() == ""
     other["kept step"] = mark_of(shelf)
     ask()
     assert mark_of(shelf) == other["kept step"]

@@ -23,7 +23,7 @@ def trainer(tmp_path_factory):
     }
     trainer = Trainer(environment, data_dir=folder / "data")
     yield trainer
-    trainer.kill_all()
+    trainer.end()
 
 
 @pytest.fixture(scope="session")
@@ -44,7 +44,7 @@ def start_server(trainer):
 def reference(trainer, tmp_path_factory) -> Path:
     """The directory of a run that nothing has disturbed; not to be written to."""
     workdir = tmp_path_factory.mktemp("reference") / "run"
-    code, output = trainer.run(workdir)
+    code, output = trainer.run(workdir, place=None)
     assert code == 0, output
     return workdir
 

@@ -17,6 +17,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from preloaded import READ_BY_IMPORTS, Preloaded
 from tensorboardX.proto.event_pb2 import Event
 
 ROOT = Path(__file__).parents[2]
@@ -51,16 +52,23 @@ HANG = 300
 class Child:
     """A process whose lines, standard error among them, are read as they come."""
 
-    def __init__(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        command: Sequence[str],
+        environment: Mapping[str, str],
+        preloaded: Preloaded | None = None,
+    ) -> None:
+        """Starts the command, or a Python file with arguments in a fork of `preloaded`."""
         self.lines: list[str] = []
-        self._process = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env=environment,
-        )
+        read, write = os.pipe()
+        self._output = open(read, encoding="utf-8")  # noqa: SIM115
+        if preloaded is None:
+            self._process = subprocess.Popen(
+                command, cwd=ROOT, stdout=write, stderr=write, env=environment
+            )
+        else:
+            self._process = preloaded.start(command, environment, write)
+        os.close(write)
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
@@ -101,8 +109,7 @@ class Child:
         self.end()
 
     def _read(self) -> None:
-        assert self._process.stdout is not None
-        with self._process.stdout as output:
+        with self._output as output:
             self.lines.extend(line.rstrip("\n") for line in output)
 
 
@@ -113,6 +120,7 @@ class Trainer:
         self.flags = [*FLAGS, f"--config.data.data_dir={data_dir}"]
         self.environment = os.environ | environment
         self._children: list[Child] = []
+        self._preloaded: dict[Any, Preloaded] = {}
 
     def start(
         self,
@@ -121,10 +129,23 @@ class Trainer:
         environment: Mapping[str, str] | None = None,
         wrapper: Sequence[str] = (),
         program: Sequence[str] = ("train.py",),
+        place: int | None = 0,
     ) -> Child:
-        """Returns a process that trains in `workdir`, started by the command `wrapper` if given."""
-        command = [sys.executable, *program, *self.flags, f"--workdir={workdir}", *flags]
-        child = Child([*wrapper, *command], self.environment | (environment or {}))
+        """Returns a process that trains in `workdir`, started by the command `wrapper` if given.
+
+        It is a fork of what the `place` has preloaded, with hash seeds that it shares with others
+        of the place, or, for None and with a wrapper, started from nothing, as in use.
+        """
+        environment = self.environment | (environment or {})
+        command = [*program, *self.flags, f"--workdir={workdir}", *flags]
+        if wrapper or place is None:
+            child = Child([*wrapper, sys.executable, *command], environment)
+        else:
+            read = {k: v for k, v in environment.items() if k.startswith(READ_BY_IMPORTS)}
+            key = place, *sorted(read.items())
+            if key not in self._preloaded:
+                self._preloaded[key] = Preloaded(environment, ROOT)
+            child = Child(command, environment, self._preloaded[key])
         self._children.append(child)
         return child
 
@@ -149,7 +170,7 @@ class Trainer:
                 **(environment or {}),
                 **own.get("environment", {}),
             }
-            children.append(self.start(workdir, *flags, *told, **options))
+            children.append(self.start(workdir, *flags, *told, place=index, **options))
         return children
 
     def run_two(self, workdir: Path, *flags: str, **options: Any) -> tuple[list[int], list[str]]:
@@ -162,9 +183,12 @@ class Trainer:
         child = self.start(workdir, *flags, **options)
         return child.end(), child.output
 
-    def kill_all(self) -> None:
+    def end(self) -> None:
+        """Kills all processes that are left."""
         for child in self._children:
             child.kill()
+        for preloaded in self._preloaded.values():
+            preloaded.close()
 
 
 def free_port() -> int:

@@ -254,11 +254,18 @@ def _last_words(text: str) -> str:
 
 
 def _does_not_fit(error: str, topology: Topology) -> Row:
-    """Returns what a compiler says that refuses a program because it needs too much memory."""
+    """Returns what a compiler says that refuses a program because it needs too much memory.
+
+    Some name temporaries alone, so that the peak is at least what they say.
+    """
     if "RESOURCE_EXHAUSTED" not in error:
         return {}
     memory: Row = {"peak": None, "capacity": topology.accelerator.memory, "fits": False}
-    found = re.search(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm", error)
+    found = (
+        re.search(  # "Used 20.5G of 15.75G hbm", "temporaries (20.5G) exceeds available HBM (.."
+            r"([\d.]+)([KMGT])\)? (?:of|exceeds available HBM) \(?([\d.]+)([KMGT])", error
+        )
+    )
     if found:
         units = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
         memory["peak"], memory["capacity"] = (

@@ -123,4 +123,5 @@ if __name__ == "__main__":
         importlib.import_module(module)
     sys.argv = of_each_request(socket.socket(fileno=int(sys.argv[1])))
     sys.path[0] = str(Path(sys.argv[0]).parent)
+    sys.modules.pop("__mp_main__")  # what multiprocessing took for the program: this file
     runpy.run_path(sys.argv[0], run_name="__main__")

@@ -323,10 +323,19 @@ def test_the_other_rows_go_on_and_the_exit_code_says_so(compiler, capsys):
     assert output.count("the compiler died of signal 9") == 2
 
 
-def test_a_program_that_a_tpu_compiler_refuses_does_not_fit(compiler, capsys):
+@pytest.mark.parametrize(
+    "words",
+    [
+        "Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm. Exceeded hbm capacity "
+        "by 4.75G.",
+        "E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for HLO "
+        "temporaries (20.50G) exceeds available HBM (15.75G). HLO module: jit_step.",
+    ],
+    ids=["libtpu", "libtpu 0.0.50"],
+)
+def test_a_program_that_a_tpu_compiler_refuses_does_not_fit(words, compiler, capsys):
     compiler(
-        "answer = {'error': 'RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. '\n"
-        "          'Used 20.50G of 15.75G hbm. Exceeded hbm capacity by 4.75G.'}\n"
+        f"answer = {{'error': 'RESOURCE_EXHAUSTED: {words}'}}\n"
         "open(request['report'], 'w').write(json.dumps(answer))"
     )
     row = one_row()

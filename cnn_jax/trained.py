@@ -18,7 +18,7 @@ from cnn_jax.models.folding import fold_batch_norms
 from cnn_jax.models.torch_weights import from_variables
 from cnn_jax.plan import as_evaluated, decisive, make_model, normalization, open_part
 from cnn_jax.runtime.checkpoint import find_damage
-from cnn_jax.runtime.compiler import compile_program, compiler_settings
+from cnn_jax.runtime.compiler import compile_program, compiler_settings, wanted_options
 from cnn_jax.runtime.programs import kept
 from cnn_jax.runtime.report import METRICS, read_rows
 from cnn_jax.runtime.weight_files import read_directory
@@ -164,13 +164,17 @@ class Trained:
 
         images = jax.ShapeDtypeStruct((batch_size, *self.dataset.image_shape), jnp.uint8)
         variables = jax.device_put(dict(self.variables))
-        options = compiler_settings().options
+
+        def make() -> jax.stages.Compiled:
+            lowered = jax.jit(of_pixels).lower(variables, images, *others)
+            return compile_program(lowered, compiler_settings().options)
+
         program = kept(
             name,
-            lambda: compile_program(jax.jit(of_pixels).lower(variables, images, *others), options),
+            make,
             arguments={"variables": variables, "images": images, "others": others},
             devices=jax.local_devices()[:1],
-            options=options,
+            options=wanted_options(),
             decided_by={**decisive(self.config), **decided_by},
         )
         return functools.partial(program, variables)

@@ -121,14 +121,27 @@ def compiler_settings(
         raise ValueError(f"platform is {platform!r}; it must be one of {', '.join(OPTIONS)}")
     if device is None and platform == jax.default_backend():
         device = jax.local_devices()[0]
+    wanted = dict(_wanted(platform, device))
+    if deterministic:
+        wanted |= DETERMINISTIC.get(platform, {})
+    known = {name: value for name, value in wanted.items() if _is_known(name, value, device)}
+    return CompilerSettings(platform, known, tuple(name for name in wanted if name not in known))
+
+
+def wanted_options() -> Options:
+    """Returns what `compiler_settings` tries for JAX's default device, without the time to try it.
+
+    Together with the versions and the environment they decide what a program is compiled with.
+    """
+    return _wanted(jax.default_backend(), jax.local_devices()[0])
+
+
+def _wanted(platform: str, device: Any) -> Options:
     kind = "" if device is None else str(device.device_kind)
     flags = " ".join(os.environ.get(name, "") for name in ENVIRONMENT).split()
     said = {flag.lstrip("-").partition("=")[0] for flag in flags}
     options = {**OPTIONS[platform], **OF_KINDS.get(kind, {})}
-    wanted = {name: value for name, value in options.items() if name not in said}
-    wanted |= DETERMINISTIC.get(platform, {}) if deterministic else {}
-    known = {name: value for name, value in wanted.items() if _is_known(name, value, device)}
-    return CompilerSettings(platform, known, tuple(name for name in wanted if name not in known))
+    return {name: value for name, value in options.items() if name not in said}
 
 
 def told_by_environment() -> dict[str, str]:

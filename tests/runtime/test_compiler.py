@@ -265,9 +265,10 @@ def test_a_convolution_on_the_cpu_is_made_by(groups, by):
 
 def test_what_the_environment_says_of_an_option_stands(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", f"--xla_dump_to=/x --{compiler.YNN_FUSIONS}=-reduce")
-    assert compiler_settings("cpu").options == {}
+    assert compiler_settings("cpu").options == compiler.wanted_options() == {}
     monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=/x")
     assert list(compiler_settings("cpu").options) == [compiler.YNN_FUSIONS]
+    assert compiler.wanted_options() == compiler.OPTIONS["cpu"]
 
 
 def test_what_is_for_devices_of_one_kind_goes_to_them_alone(monkeypatch):

@@ -261,11 +261,9 @@ def _does_not_fit(error: str, topology: Topology) -> Row:
     if "RESOURCE_EXHAUSTED" not in error:
         return {}
     memory: Row = {"peak": None, "capacity": topology.accelerator.memory, "fits": False}
-    found = (
-        re.search(  # "Used 20.5G of 15.75G hbm", "temporaries (20.5G) exceeds available HBM (.."
-            r"([\d.]+)([KMGT])\)? (?:of|exceeds available HBM) \(?([\d.]+)([KMGT])", error
-        )
-    )
+    # "Used 20.5G of 15.75G hbm", or "temporaries (20.5G) exceeds available HBM (15.75G)".
+    used, capacity = r"(?:Used |temporaries \()([\d.]+)([KMGT])", r"([\d.]+)([KMGT])(?: hbm|\))"
+    found = re.search(rf"{used}(?: of |\) exceeds available HBM \(){capacity}", error)
     if found:
         units = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
         memory["peak"], memory["capacity"] = (
